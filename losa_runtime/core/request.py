@@ -1,0 +1,90 @@
+"""What goes into an engine and what comes out of it: plain frozen values, the same offline and over a socket."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from losa_runtime.core.sampling_params import SamplingParams
+
+
+class ScoreSpec(BaseModel):
+    """Ask for log-probabilities of prompt tokens (SGLang's `return_logprob` with `max_new_tokens` 0 and `select`).
+
+    start: first prompt position to be scored. The score of token i is log p(x_i | all earlier blocks, the tokens
+    before i in its own block, MASK from i to the end of the block): the chain rule from left to right inside a block.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    start: int = Field(ge=0)
+
+
+class Request(BaseModel):
+    """One prompt to complete. `rid` is unique among the live requests. `namespace` separates prefix caches.
+
+    output_logprobs: also report the log-probability that each output token had when it was accepted.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rid: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    score: ScoreSpec | None = None
+    output_logprobs: bool = False
+    namespace: str = ""
+    priority: int = 0
+
+
+class FinishReason(BaseModel):
+    """Why a request ended. matched: the stop string or stop token id. message/status_code: for abort and error."""
+
+    model_config = ConfigDict(frozen=True)
+    type: Literal["stop", "length", "abort", "error"]
+    matched: str | int | None = None
+    length: int | None = None
+    message: str | None = None
+    status_code: int | None = None
+
+
+class RequestStats(BaseModel):
+    """What a request has cost so far.
+
+    forwards: forward passes that carried rows of this request (prefill, denoise, commit).
+    blocks: generated blocks that are complete. denoise_steps: OPEN and DENOISE steps; dense_steps: those whose
+    prefix was read densely for every row by the method's own rule. kv_density: share of prefix positions read per KV
+    head, averaged over the later (non-first) steps and layers. kv_density_q: the same per query head, before the
+    union over the KV group. active_share: share of block rows whose prefix attention was recomputed in later steps.
+    None where a request had no later step.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    forwards: int = 0
+    blocks: int = 0
+    denoise_steps: int = 0
+    dense_steps: int = 0
+    kv_density: float | None = None
+    kv_density_q: float | None = None
+    active_share: float | None = None
+    retractions: int = 0
+
+
+class RequestOutput(BaseModel):
+    """News about one request; `text` and `token_ids` hold only what is new. Exactly one output has a `finish`.
+
+    Text is final when it is sent: only accepted tokens, never part of a possible stop string, never half a character.
+    prompt_logprobs: for a scoring request, one value per prompt position from `ScoreSpec.start`, on the last output.
+    output_logprobs: one value per new token id, if asked for.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    rid: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    output_logprobs: tuple[float, ...] | None = None
+    prompt_logprobs: tuple[float, ...] | None = None
+    finish: FinishReason | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    stats: RequestStats = RequestStats()

@@ -1,0 +1,172 @@
+"""What a request may ask of generation. Validated once, frozen afterwards.
+
+Field names are SGLang's. What a block-diffusion model cannot honour yet is refused by name in `REFUSED`; a value of
+null means the default for every field, as SGLang's clients expect.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from losa_runtime.core.errors import InvalidRequest, invalid_request
+
+MAX_STOP_STRINGS = 32
+MAX_STOP_LENGTH = 1024
+
+# Known parameters that are refused unless they carry a value that asks for nothing. name -> (neutral values, reason)
+_GRAMMAR = "null (constrained output is not available for block diffusion in this version)"
+REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "regex": ((None, ""), _GRAMMAR),
+    "json_schema": ((None, ""), _GRAMMAR),
+    "ebnf": ((None, ""), _GRAMMAR),
+    "structural_tag": ((None, ""), _GRAMMAR),
+    "stop_regex": ((None, "", [], ()), "null or an empty list (use `stop` or `stop_token_ids`)"),
+    "beam_width": ((None, 0, 1), "null (there is no beam search over a block)"),
+    "stream_interval": ((None, 1), "null or 1 (text is streamed once per finished block)"),
+}
+
+
+class DiffusionParams(BaseModel):
+    """Per-request knobs of this runtime, sent as `sampling_params.custom_params`. None means the server's default.
+
+    sparse_method: registry name of the sparse attention method, e.g. "dense", "quest", "losa".
+    token_budget: prefix tokens each query may select (a multiple of the page size).
+    active_tokens | active_ratio | active_tau: LoSA's active-row rule; at most one of the three.
+    algorithm: registry name of the decoding algorithm.
+    threshold: confidence above which the dynamic algorithm accepts a token.
+    denoising_steps: planned denoising steps per block (1 .. block length).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    sparse_method: str | None = None
+    token_budget: int | None = Field(default=None, gt=0)
+    active_tokens: int | None = Field(default=None, ge=0)
+    active_ratio: float | None = Field(default=None, ge=0.0, le=1.0)
+    active_tau: float | None = Field(default=None, gt=0.0, le=1.0)
+    algorithm: str | None = None
+    threshold: float | None = Field(default=None, ge=0.0, le=1.0)
+    denoising_steps: int | None = Field(default=None, gt=0)
+
+    @field_validator("active_ratio", "active_tau", "threshold", mode="before")
+    @classmethod
+    def _whole_numbers_are_floats(cls, value: object) -> object:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_active_rule(self) -> Self:
+        given = [n for n in ("active_tokens", "active_ratio", "active_tau") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise InvalidRequestValue(f"custom_params.{given[1]}", getattr(self, given[1]), f"absent beside {given[0]}")
+        return self
+
+
+class InvalidRequestValue(InvalidRequest, ValueError):
+    """An InvalidRequest that pydantic may carry through a validator."""
+
+
+class SamplingParams(BaseModel):
+    """Sampling parameters of one request (SGLang's names and defaults).
+
+    temperature 0 means greedy. top_k -1 means all. `max_new_tokens` None means up to the context length; 0 means
+    prefill (and cache) only. `stop` and `stop_token_ids` accept a single value. Unknown keys are refused here; the
+    HTTP layer drops keys that it does not know before it comes to this.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    max_new_tokens: int | None = Field(default=128, ge=0)
+    min_new_tokens: int = Field(default=0, ge=0)
+    temperature: float = Field(default=1.0, ge=0.0, le=100.0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=-1, ge=-1)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=2.0)
+    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=1024)
+    sampling_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=256)
+    ignore_eos: bool = False
+    no_stop_trim: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    n: int = Field(default=1, ge=1, le=128)
+    custom_params: DiffusionParams = DiffusionParams()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls_and_refusals(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, (neutral, allowed) in REFUSED.items():
+            if name in data and not any(data[name] is n or data[name] == n for n in neutral):
+                raise InvalidRequestValue(f"sampling_params.{name}", data[name], allowed)
+        keep_null = {"max_new_tokens", "sampling_seed"}
+        return {k: v for k, v in data.items() if k not in REFUSED and (v is not None or k in keep_null)}
+
+    @field_validator("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+                     mode="before")
+    @classmethod
+    def _whole_numbers_are_floats(cls, value: object) -> object:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _json_keys_are_strings(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {
+            int(k) if isinstance(k, str) and k.isdigit() else k: float(v) if type(v) is int else v
+            for k, v in value.items()
+        }
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_or_many(cls, value: object) -> object:
+        if isinstance(value, str):
+            return (value,) if value else ()
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        value = tuple(s for s in value if s)
+        if len(value) > MAX_STOP_STRINGS:
+            raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings")
+        if any(len(s) > MAX_STOP_LENGTH for s in value):
+            raise ValueError(f"stop strings of at most {MAX_STOP_LENGTH} characters")
+        return value
+
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _one_id_or_many(cls, value: object) -> object:
+        if type(value) is int:
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("top_k")
+    @classmethod
+    def _top_k_not_zero(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("-1 (all) or at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> Self:
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise InvalidRequestValue(
+                "sampling_params.min_new_tokens", self.min_new_tokens, f"at most max_new_tokens = {self.max_new_tokens}"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], where: str = "sampling_params") -> SamplingParams:
+        """Validate a mapping. Raises InvalidRequest naming the field under `where`."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise invalid_request(where, error) from None

@@ -1,0 +1,1 @@
+"""What is unmasked: pure functions from logits to accepted tokens. Knows no request queue and no cache."""

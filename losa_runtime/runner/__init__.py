@@ -1,0 +1,1 @@
+"""Runs one round: introduces model, sparse method, backend and decoding to each other."""

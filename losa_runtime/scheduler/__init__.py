@@ -1,0 +1,1 @@
+"""Which requests run and on which pages. Knows no attention, no model and no kernel."""

@@ -108,8 +108,9 @@ class SamplingParams(BaseModel):
         keep_null = {"max_new_tokens", "sampling_seed"}
         return {k: v for k, v in data.items() if k not in REFUSED and (v is not None or k in keep_null)}
 
-    @field_validator("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
-                     mode="before")
+    @field_validator(
+        "temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", mode="before"
+    )
     @classmethod
     def _whole_numbers_are_floats(cls, value: object) -> object:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

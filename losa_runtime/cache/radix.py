@@ -1,0 +1,183 @@
+"""A radix tree from token sequences to K/V pages, in whole units. Knows no request and no allocator.
+
+A token's K/V depends on its whole diffusion block, so everything here - match, split, insert, evict - happens in
+units of max(page_size, block_length) tokens, anchored at position 0. The tree owns the pages in its nodes until it
+gives them back from `evict`. Locks run from a node to the root: a locked path is never evicted.
+Token comparison is numpy on whole edges and child lookup is by the bytes of the first unit: no walk over tokens.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_runtime.cache.page_pool import PageIds
+
+TokenIds = NDArray[np.int32]
+_NO_TOKENS: TokenIds = np.empty(0, dtype=np.int32)
+_NO_PAGES: PageIds = np.empty(0, dtype=np.int64)
+
+
+class Node:
+    """An edge and its end: `tokens` (a multiple of the unit) and the pages that hold their K/V."""
+
+    __slots__ = ("children", "last_used", "locks", "offered", "pages", "parent", "tokens")
+
+    def __init__(self, parent: Node | None, tokens: TokenIds, pages: PageIds, last_used: int) -> None:
+        self.parent, self.tokens, self.pages, self.last_used = parent, tokens, pages, last_used
+        self.children: dict[bytes, Node] = {}
+        self.locks = 0
+        self.offered = False  # has an entry in the tree's heap of eviction candidates
+
+
+class CacheHandle(NamedTuple):
+    """A matched path. Valid until the next call that may evict, unless locked. pages: of the whole path, in order."""
+
+    node: Node
+    tokens: int
+    pages: PageIds
+
+
+class RadixCache:
+    """Prefix tree with reference locks and least-recently-used eviction of unlocked leaves.
+
+    unit: tokens per unit, a multiple of page_size and of the block length. One root per namespace: requests of
+    different namespaces can neither share nor probe each other's prefixes.
+    """
+
+    def __init__(self, unit: int, page_size: int) -> None:
+        assert unit % page_size == 0
+        self.unit, self.page_size = unit, page_size
+        self._roots: dict[str, Node] = {}
+        self._clock = 0
+        self._candidates: list[
+            tuple[int, int, Node]
+        ] = []  # lazy heap of (last_used, tie, leaf)
+        self._tie = 0
+        self.cached_pages = 0  # pages in the tree
+        self.evictable_pages = 0  # of those, on no locked path
+
+    def match(self, namespace: str, tokens: TokenIds) -> CacheHandle:
+        """The longest cached prefix of `tokens` in whole units; splits a node where the match ends inside it."""
+        self._clock += 1
+        node = self._roots.get(namespace)
+        if node is None:
+            node = self._roots[namespace] = Node(None, _NO_TOKENS, _NO_PAGES, self._clock)
+        done, pages = 0, []
+        while done < tokens.size:
+            child = node.children.get(self._key(tokens, done))
+            if child is None:
+                break
+            common = self._common(child.tokens, tokens[done:])
+            if common < child.tokens.size:
+                child = self._split(child, common)
+            child.last_used = self._clock
+            pages.append(child.pages)
+            done += common
+            node = child
+        return CacheHandle(node, done, np.concatenate(pages) if pages else _NO_PAGES)
+
+    def insert(self, namespace: str, tokens: TokenIds, pages: PageIds) -> tuple[CacheHandle, int]:
+        """Store a prefix (whole units). Returns the handle of the whole path and the number of tokens that were
+        there already. The tree takes over the pages behind those; the earlier ones stay the caller's.
+        """
+        assert tokens.size % self.unit == 0 and pages.size * self.page_size == tokens.size
+        handle = self.match(namespace, tokens)
+        present = handle.tokens
+        if present == tokens.size:
+            return handle, present
+        fresh = pages[present // self.page_size :].copy()
+        leaf = Node(handle.node, tokens[present:].copy(), fresh, self._clock)
+        handle.node.children[self._key(tokens, present)] = leaf
+        self.cached_pages += fresh.size
+        self.evictable_pages += fresh.size
+        self._offer(leaf)
+        return CacheHandle(leaf, tokens.size, np.concatenate([handle.pages, fresh])), present
+
+    def lock(self, handle: CacheHandle) -> None:
+        """Protect the path of `handle` from eviction. Counted: each lock needs its own unlock."""
+        for node in self._path(handle.node):
+            if node.locks == 0:
+                self.evictable_pages -= node.pages.size
+            node.locks += 1
+
+    def unlock(self, handle: CacheHandle) -> None:
+        """Undo one `lock`."""
+        for node in self._path(handle.node):
+            assert node.locks > 0, "unlock without lock"
+            node.locks -= 1
+            if node.locks == 0:
+                self.evictable_pages += node.pages.size
+                self._offer(node)
+
+    def evict(self, count: int) -> PageIds:
+        """Drop unlocked leaves, oldest first, until at least `count` pages came free or none is left."""
+        freed: list[PageIds] = []
+        total = 0
+        while total < count and self._candidates:
+            used, _, node = heapq.heappop(self._candidates)
+            node.offered = False
+            if not self._evictable(node):
+                continue
+            if used != node.last_used:  # touched since it was offered
+                self._offer(node)
+                continue
+            parent = node.parent
+            assert parent is not None
+            del parent.children[self._key(node.tokens, 0)]
+            node.parent = None
+            freed.append(node.pages)
+            total += node.pages.size
+            self._offer(parent)
+        self.cached_pages -= total
+        self.evictable_pages -= total
+        return np.concatenate(freed) if freed else _NO_PAGES
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node with pages. For integrity checks and statistics."""
+        stack = [child for root in self._roots.values() for child in root.children.values()]
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def _key(self, tokens: TokenIds, at: int) -> bytes:
+        return tokens[at : at + self.unit].tobytes()
+
+    def _common(self, edge: TokenIds, rest: TokenIds) -> int:
+        """Length of the common prefix in whole units."""
+        size = min(edge.size, rest.size)
+        differs = edge[:size] != rest[:size]
+        at = int(differs.argmax()) if differs.any() else size
+        return at - at % self.unit
+
+    def _split(self, node: Node, at: int) -> Node:
+        """Cut `node` after `at` tokens; returns the new upper part, which inherits the locks."""
+        parent = node.parent
+        assert parent is not None and 0 < at < node.tokens.size
+        cut = at // self.page_size
+        upper = Node(parent, node.tokens[:at], node.pages[:cut], node.last_used)
+        upper.locks = node.locks
+        parent.children[self._key(upper.tokens, 0)] = upper
+        node.parent, node.tokens, node.pages = upper, node.tokens[at:], node.pages[cut:]
+        upper.children[self._key(node.tokens, 0)] = node
+        return upper
+
+    def _evictable(self, node: Node) -> bool:
+        return node.parent is not None and node.locks == 0 and not node.children
+
+    def _offer(self, node: Node) -> None:
+        if not node.offered and self._evictable(node):
+            node.offered = True
+            self._tie += 1
+            heapq.heappush(self._candidates, (node.last_used, self._tie, node))
+
+    @staticmethod
+    def _path(node: Node | None) -> Iterator[Node]:
+        while node is not None and node.parent is not None:
+            yield node
+            node = node.parent

@@ -1,0 +1,82 @@
+"""What one round consists of, on the host: the scheduler writes it, the runner executes it. Knows no tensor library."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_runtime.core.batch import ForwardMode, SparseParams
+from losa_runtime.core.decoding_params import DecodingParams
+from losa_runtime.core.sampling_params import SamplingParams
+
+Ids = NDArray[np.int64]
+
+
+class RowContext(NamedTuple):
+    """What sampling needs to know of a request.
+
+    seed: of its random numbers. ban_always: ids that are never chosen (EOS under ignore_eos). ban_early: ids that are
+    not chosen at positions below `early_before` (min_new_tokens). prompt, output: token history for penalties; output
+    holds finished blocks only, tokens accepted in the current block come on top.
+    """
+
+    sampling: SamplingParams
+    seed: int
+    ban_always: tuple[int, ...]
+    ban_early: tuple[int, ...]
+    early_before: int
+    prompt: NDArray[np.int32]
+    output: NDArray[np.int32]
+
+
+class WorkItem(NamedTuple):
+    """One segment of the coming forward.
+
+    tokens: [n] as the model sees them (MASK where masked). start: position of the first, = committed tokens before it.
+    pages: page table of the request, a view, covering what the segment reads and writes. For block segments:
+    candidates: offsets that may be unmasked (for SCORE: the one scored offset); target: the scored token.
+    """
+
+    mode: ForwardMode
+    tokens: Ids
+    start: int
+    pages: Ids
+    slot: int = -1
+    step: int = 0
+    candidates: Ids | None = None
+    known: int = 0
+    target: int = -1
+    sparse: SparseParams | None = None
+    decoding: DecodingParams | None = None
+    context: RowContext | None = None
+
+
+class Round(NamedTuple):
+    """The work of one forward: store segments first. released: slots whose method state dies before this round."""
+
+    items: tuple[WorkItem, ...]
+    released: tuple[int, ...]
+
+
+class SegmentCost(NamedTuple):
+    """What a denoising step read of its prefix. density_kv / density_q: share of prefix positions, mean over layers
+    and heads, per KV head (after the union over the group) and per query head. active: rows recomputed, mean over
+    layers. dense: the whole prefix was read for every row."""
+
+    density_kv: float
+    density_q: float
+    active: float
+    dense: bool
+
+
+class BlockResult(NamedTuple):
+    """The outcome of one block segment. offsets: accepted candidates; tokens, logprobs: theirs. For SCORE: the score
+    of the one candidate. error: why the segment has no usable result (not-a-number logits); the rest is then empty."""
+
+    offsets: Ids
+    tokens: Ids
+    logprobs: NDArray[np.float64]
+    cost: SegmentCost | None = None
+    error: str | None = None

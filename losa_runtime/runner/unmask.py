@@ -1,0 +1,186 @@
+"""From hidden states to accepted tokens: logits of the masked rows only, sampling, and each request's own algorithm.
+
+Rows of many requests go through the vocabulary projection a few at a time, so memory does not grow with the batch.
+Knows no pages and no attention. Shape letters: R rows, C hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from losa_runtime.core.batch import ForwardMode
+from losa_runtime.core.work import BlockResult, RowContext, WorkItem
+from losa_runtime.decoding.algorithm import Candidates, accept
+from losa_runtime.decoding.penalties import PenaltyRows, has_penalties, penalise
+from losa_runtime.decoding.registry import load_algorithm
+from losa_runtime.decoding.rng import uniform
+from losa_runtime.decoding.sampling import Bans, Sampled, SamplingRows, UnusableLogits, sample
+from losa_runtime.models.model import BlockDiffusionModel
+
+# Elements of one chunk of float32 logits (256 MiB).
+_LOGITS_PER_CHUNK = 1 << 26
+_UNUSABLE = "the model's logits for this request are not finite (or every token is banned); the request was ended"
+
+
+class Unmasker:
+    """Samples the candidates of block segments and decides which are accepted.
+
+    vocab_size: ids from here on are padding of the vocabulary and never sampled.
+    """
+
+    def __init__(self, model: BlockDiffusionModel, mask_token_id: int, vocab_size: int, block_length: int) -> None:
+        self.model, self.mask_token_id, self.vocab_size = model, mask_token_id, vocab_size
+        self.block_length = block_length
+        self.rows_per_chunk = max(block_length, _LOGITS_PER_CHUNK // model.config.vocab_size)
+
+    def __call__(self, items: Sequence[WorkItem], hidden_TC: Tensor) -> list[BlockResult]:
+        """One result per block segment. hidden_TC: their rows, block_length each, in the order of `items`."""
+        results: dict[int, BlockResult] = {}
+        for chunk in self._chunks(items):
+            offsets = [item.candidates for item in items]
+            rows = np.concatenate([_offsets(offsets[s]) + s * self.block_length for s in chunk])
+            logits_RV = self.model.logits(hidden_TC[torch.from_numpy(rows).to(hidden_TC.device)])
+            results.update(self._decide(items, chunk, logits_RV))
+        return [results[s] for s in range(len(items))]
+
+    def _chunks(self, items: Sequence[WorkItem]) -> Iterator[list[int]]:
+        """Segments whose candidates fit in one chunk of logits; scored and denoised segments never share one."""
+        chunk: list[int] = []
+        rows = 0
+        for s, item in enumerate(items):
+            size = _offsets(item.candidates).size
+            changes = bool(chunk) and (item.mode is ForwardMode.SCORE) != (items[chunk[-1]].mode is ForwardMode.SCORE)
+            if chunk and (rows + size > self.rows_per_chunk or changes):
+                yield chunk
+                chunk, rows = [], 0
+            chunk.append(s)
+            rows += size
+        if chunk:
+            yield chunk
+
+    def _decide(self, items: Sequence[WorkItem], chunk: list[int], logits_RV: Tensor) -> dict[int, BlockResult]:
+        if items[chunk[0]].mode is ForwardMode.SCORE:
+            return self._score(items, chunk, logits_RV)
+        mine = [items[s] for s in chunk]
+        sizes = [_offsets(item.candidates).size for item in mine]
+        try:
+            sampled = self._sample(mine, sizes, logits_RV)
+        except UnusableLogits as error:
+            owners = np.repeat(np.arange(len(chunk)), sizes)
+            bad = {int(owners[row]) for row in error.rows}
+            results = {chunk[i]: _failed() for i in bad}
+            good = [i for i in range(len(chunk)) if i not in bad]
+            if good:
+                keep = torch.from_numpy(~np.isin(owners, list(bad))).to(logits_RV.device)
+                results.update(self._decide(items, [chunk[i] for i in good], logits_RV[keep]))
+            return results
+        accepted_R = self._accept(mine, sizes, sampled).cpu().numpy()
+        token_R, logprob_R = sampled.token_R.cpu().numpy(), sampled.logprob_R.double().cpu().numpy()
+        results = {}
+        start = 0
+        for s, item, size in zip(chunk, mine, sizes, strict=True):
+            rows = slice(start, start + size)
+            yes = accepted_R[rows]
+            results[s] = BlockResult(_offsets(item.candidates)[yes], token_R[rows][yes], logprob_R[rows][yes])
+            start += size
+        return results
+
+    def _score(self, items: Sequence[WorkItem], chunk: list[int], logits_RV: Tensor) -> dict[int, BlockResult]:
+        """Log-probability of each segment's target at its one candidate, over what can be sampled at all."""
+        logits_RV[:, self.vocab_size :] = -torch.inf
+        logits_RV[:, self.mask_token_id] = -torch.inf
+        target_R1 = torch.tensor([[items[s].target] for s in chunk], device=logits_RV.device)
+        logprob_R = logits_RV.double().log_softmax(-1).gather(-1, target_R1)[:, 0].cpu().numpy()
+        results: dict[int, BlockResult] = {}
+        for s, logprob in zip(chunk, logprob_R, strict=True):
+            item = items[s]
+            result = BlockResult(_offsets(item.candidates), np.array([item.target]), np.array([logprob]))
+            results[s] = result if np.isfinite(logprob) else _failed()
+        return results
+
+    def _sample(self, items: Sequence[WorkItem], sizes: Sequence[int], logits_RV: Tensor) -> Sampled:
+        device = logits_RV.device
+        contexts = [_context(item) for item in items]
+        repeat = torch.tensor(sizes, device=device)
+
+        def per_row(values: Sequence[float | int], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device).repeat_interleave(repeat)
+
+        position_R = torch.from_numpy(
+            np.concatenate([_offsets(item.candidates) + item.start for item in items])
+        ).to(device)
+        seed_R = per_row([c.seed for c in contexts], torch.int64)
+        step_R = per_row([item.step for item in items], torch.int64)
+        rows = SamplingRows(
+            temperature_R=per_row([c.sampling.temperature for c in contexts], torch.float32),
+            top_k_R=per_row([c.sampling.top_k for c in contexts], torch.int64),
+            top_p_R=per_row([c.sampling.top_p for c in contexts], torch.float64),
+            min_p_R=per_row([c.sampling.min_p for c in contexts], torch.float64),
+            uniform_R=uniform(seed_R, position_R, step_R),
+        )
+        logits_RV = penalise(logits_RV, self._penalties(items, sizes))
+        return sample(logits_RV, rows, self._bans(items, sizes, device))
+
+    def _penalties(self, items: Sequence[WorkItem], sizes: Sequence[int]) -> list[PenaltyRows]:
+        requests: list[PenaltyRows] = []
+        start = 0
+        for item, size in zip(items, sizes, strict=True):
+            context = _context(item)
+            if has_penalties(context.sampling):
+                new = item.tokens[item.known :]
+                new = new[new != self.mask_token_id]
+                output = np.concatenate([context.output, new]).tolist()
+                requests.append(PenaltyRows(range(start, start + size), context.prompt.tolist(), output, context.sampling))
+            start += size
+        return requests
+
+    def _bans(self, items: Sequence[WorkItem], sizes: Sequence[int], device: torch.device) -> Bans:
+        pairs: list[tuple[int, int]] = []
+        start = 0
+        for item, size in zip(items, sizes, strict=True):
+            context = _context(item)
+            for i, offset in enumerate(_offsets(item.candidates)):
+                ids = set(context.ban_always)
+                if item.start + offset < context.early_before:
+                    ids.update(context.ban_early)
+                pairs.extend((start + i, token) for token in ids)
+            start += size
+        if not pairs:
+            return Bans(self.mask_token_id, self.vocab_size)
+        row_N, id_N = torch.tensor(pairs, dtype=torch.int64, device=device).T
+        return Bans(self.mask_token_id, self.vocab_size, row_N, id_N)
+
+    def _accept(self, items: Sequence[WorkItem], sizes: Sequence[int], sampled: Sampled) -> Tensor:
+        device = sampled.token_R.device
+        decoding = [item.decoding for item in items]
+        offsets = np.concatenate([_offsets(item.candidates) for item in items])
+        candidates = Candidates(
+            token_R=sampled.token_R,
+            confidence_R=sampled.confidence_R,
+            offset_R=torch.from_numpy(offsets).to(device),
+            indptr_S=torch.from_numpy(np.cumsum([0, *sizes])).to(device),
+            step_index_S=torch.tensor([item.step for item in items], device=device),
+            num_steps_S=torch.tensor([d.num_steps for d in decoding if d is not None], device=device),
+            threshold_S=torch.tensor([d.threshold for d in decoding if d is not None], device=device),
+            block_length=self.block_length,
+        )
+        return accept([load_algorithm(d.algorithm) for d in decoding if d is not None], candidates)
+
+
+def _offsets(candidates: np.ndarray | None) -> np.ndarray:
+    assert candidates is not None, "a block segment without candidates"
+    return candidates
+
+
+def _context(item: WorkItem) -> RowContext:
+    assert item.context is not None, "a block segment without its row context"
+    return item.context
+
+
+def _failed() -> BlockResult:
+    nothing = np.empty(0, dtype=np.int64)
+    return BlockResult(nothing, nothing, nothing.astype(np.float64), error=_UNUSABLE)

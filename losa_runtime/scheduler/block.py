@@ -1,0 +1,58 @@
+"""A diffusion block in the making: which of its positions are known. Knows no request and no cache."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_runtime.core.work import Ids
+
+
+class DiffusionBlock:
+    """B positions from `start` on: `known` given tokens (the tail of a prompt), then masks that become tokens.
+
+    limit: offsets at or behind it are never unmasked (no work past max_new_tokens); they stay MASK to the end, so a
+    block whose limit is below B is the request's last and its K/V is never stored.
+    """
+
+    __slots__ = ("known", "limit", "logprobs", "masked", "start", "step", "tokens")
+
+    def __init__(self, start: int, known: Ids, limit: int, block_length: int, mask_token_id: int) -> None:
+        assert start % block_length == 0 and known.size < block_length and known.size < limit <= block_length
+        self.start, self.known, self.limit = start, int(known.size), limit
+        self.tokens: Ids = np.full(block_length, mask_token_id, dtype=np.int64)
+        self.tokens[: known.size] = known
+        self.masked = np.ones(block_length, dtype=bool)
+        self.masked[: known.size] = False
+        self.logprobs: NDArray[np.float64] = np.zeros(block_length)
+        self.step = 0
+
+    @property
+    def candidates(self) -> Ids:
+        """Offsets that may be unmasked in the next step, ascending."""
+        return np.flatnonzero(self.masked[: self.limit])
+
+    @property
+    def settled(self) -> int:
+        """Length of the leading run without a mask: these tokens can no longer change."""
+        masked = np.flatnonzero(self.masked)
+        return int(masked[0]) if masked.size else self.masked.size
+
+    @property
+    def complete(self) -> bool:
+        """True when every position up to the limit is unmasked."""
+        return not self.masked[: self.limit].any()
+
+    def accept(self, offsets: Ids, tokens: Ids, logprobs: NDArray[np.float64]) -> None:
+        """Unmask `offsets` with `tokens`; each must be a candidate. Ends the step."""
+        assert self.masked[offsets].all() and (offsets < self.limit).all()
+        self.tokens[offsets], self.logprobs[offsets] = tokens, logprobs
+        self.masked[offsets] = False
+        self.step += 1
+
+    def first_stop(self, stop_ids: frozenset[int]) -> int | None:
+        """Offset of the first generated stop token with nothing masked before it, if there is one."""
+        for offset in range(self.known, min(self.settled, self.limit)):
+            if int(self.tokens[offset]) in stop_ids:
+                return offset
+        return None

@@ -1,0 +1,69 @@
+"""What a block's new tokens mean for its request: news for the user, and whether it is the end. Knows no pages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from losa_runtime.core.request import FinishReason, RequestOutput
+from losa_runtime.scheduler.block import DiffusionBlock
+from losa_runtime.scheduler.req import Req
+
+
+class News(NamedTuple):
+    """New final tokens of a request and, if it ended with them, why."""
+
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    text: str = ""
+    finish: FinishReason | None = None
+
+
+def after_step(req: Req, block: DiffusionBlock) -> News | None:
+    """Judge a block after a denoising step; None while it goes on.
+
+    A block ends early as soon as a stop token stands with nothing masked before it: tokens that are unmasked never
+    change, so what lies behind cannot alter what the user sees.
+    """
+    stop_at = block.first_stop(req.settings.stop_ids)
+    if stop_at is not None:
+        return _deliver(req, block, stop_at + 1, stop_at)
+    if block.complete:
+        return _deliver(req, block, block.limit, None)
+    return None
+
+
+def _deliver(req: Req, block: DiffusionBlock, end: int, stop_at: int | None) -> News:
+    ids = [int(t) for t in block.tokens[block.known : end]]
+    logprobs = [float(p) for p in block.logprobs[block.known : end]]
+    last = stop_at is not None or block.start + end >= req.settings.limit
+    # A stop token ends the text but is not part of it.
+    keep_stop = stop_at is None or req.request.sampling.no_stop_trim
+    spoken = ids if keep_stop else ids[:-1]
+    text, used, matched = req.settings.text.push(spoken, final=last)
+    finish: FinishReason | None = None
+    if matched is not None:
+        ids, logprobs = ids[:used], logprobs[:used]
+        finish = FinishReason(type="stop", matched=matched)
+    elif stop_at is not None:
+        finish = FinishReason(type="stop", matched=ids[-1])
+    elif last:
+        finish = FinishReason(type="length", length=req.completion_tokens + len(ids))
+    req.completion_tokens += len(ids)
+    return News(tuple(ids), tuple(logprobs), text, finish)
+
+
+def to_output(req: Req, news: News) -> RequestOutput:
+    """The message for the user."""
+    scores = tuple(req.scores) if news.finish is not None and req.request.score is not None else None
+    return RequestOutput(
+        rid=req.request.rid,
+        text=news.text,
+        token_ids=news.ids,
+        output_logprobs=news.logprobs if req.request.output_logprobs else None,
+        prompt_logprobs=scores,
+        finish=news.finish,
+        prompt_tokens=req.prompt_len,
+        cached_tokens=req.cached_tokens or 0,
+        completion_tokens=req.completion_tokens,
+        stats=req.cost.stats(),
+    )

@@ -1,0 +1,137 @@
+"""The life of one request inside the engine: its tokens, its block, its lease, its costs. Knows no policy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_runtime.cache.prefix_cache import Lease
+from losa_runtime.core.batch import SparseParams
+from losa_runtime.core.decoding_params import DecodingParams
+from losa_runtime.core.request import Request, RequestStats
+from losa_runtime.core.work import Ids, RowContext, SegmentCost
+from losa_runtime.scheduler.block import DiffusionBlock
+from losa_runtime.text_stream import TextStream
+
+
+class ReqSettings(NamedTuple):
+    """What the engine has settled for a request before it is queued.
+
+    limit: end position (exclusive) of prompt + output. stop_ids: tokens that end the output. ban_always: ids that are
+    never chosen (EOS under ignore_eos); ban_early: ids not chosen before min_new_tokens. text: its stream of text.
+    """
+
+    seed: int
+    limit: int
+    stop_ids: frozenset[int]
+    ban_always: tuple[int, ...]
+    ban_early: tuple[int, ...]
+    sparse: SparseParams
+    decoding: DecodingParams
+    text: TextStream
+
+
+class Req:
+    """One live request.
+
+    tokens[:length] are the prompt and the output of finished blocks; `committed` of them have K/V in pages of `lease`
+    (a multiple of B). `block` is the one being denoised, `opening` the next one while it shares the commit's forward.
+    `slot` indexes method state while the request runs, -1 else.
+    """
+
+    def __init__(self, request: Request, settings: ReqSettings, order: int, block_length: int) -> None:
+        self.request, self.settings, self.order = request, settings, order
+        self.block_length = block_length
+        prompt = np.asarray(request.prompt_ids, dtype=np.int32)
+        self.prompt_len = self.length = int(prompt.size)
+        # Room for whole blocks, so that a finished block is appended by one slice assignment.
+        blocks = -(-max(settings.limit, self.prompt_len) // block_length)
+        self.tokens: NDArray[np.int32] = np.zeros(blocks * block_length, dtype=np.int32)
+        self.tokens[: self.length] = prompt
+        self.committed = 0
+        self.lease: Lease | None = None
+        self.slot = -1
+        self.block: DiffusionBlock | None = None
+        self.opening: DiffusionBlock | None = None
+        self.scores: list[float] = []
+        self.completion_tokens = 0
+        self.cached_tokens: int | None = None
+        self.cost = CostSum()
+
+    @property
+    def prefill_target(self) -> int:
+        """Tokens to be stored before denoising: whole blocks of what is known."""
+        return self.length - self.length % self.block_length
+
+    @property
+    def prefilling(self) -> bool:
+        """True while known whole blocks lack their K/V. A finished block is stored by its COMMIT, not by prefill."""
+        return self.block is None and self.committed < self.prefill_target
+
+    @property
+    def unscored(self) -> range:
+        """Prompt positions whose score is still wanted."""
+        score = self.request.score
+        if score is None:
+            return range(0)
+        return range(score.start + len(self.scores), self.prompt_len)
+
+    def open_block(self, start: int, mask_token_id: int) -> DiffusionBlock:
+        """The block at `start`, with the known tokens behind it."""
+        known: Ids = self.tokens[start : max(start, self.length)].astype(np.int64)
+        limit = min(self.block_length, self.settings.limit - start)
+        return DiffusionBlock(start, known, limit, self.block_length, mask_token_id)
+
+    def row_context(self) -> RowContext:
+        """What sampling needs to know of this request; views, valid during the round."""
+        return RowContext(
+            sampling=self.request.sampling,
+            seed=self.settings.seed,
+            ban_always=self.settings.ban_always,
+            ban_early=self.settings.ban_early,
+            early_before=self.prompt_len + self.request.sampling.min_new_tokens,
+            prompt=self.tokens[: self.prompt_len],
+            output=self.tokens[self.prompt_len : self.length],
+        )
+
+    def rewind(self) -> None:
+        """Forget pages and the block in the making, keep finished tokens: random numbers are a function of (seed,
+        position, step), so the block comes out the same when it is opened again."""
+        self.committed, self.slot, self.lease = 0, -1, None
+        self.block = self.opening = None
+        self.cost.retractions += 1
+
+
+class CostSum:
+    """Running sums behind RequestStats."""
+
+    def __init__(self) -> None:
+        self.forwards = self.blocks = self.steps = self.dense_steps = self.retractions = 0
+        self._later = 0
+        self._kv = self._q = self._active = 0.0
+
+    def add_step(self, cost: SegmentCost, first: bool, block_length: int) -> None:
+        """Count one denoising step; densities are averaged over the steps after a block's first."""
+        self.steps += 1
+        self.dense_steps += cost.dense
+        if not first:
+            self._later += 1
+            self._kv += cost.density_kv
+            self._q += cost.density_q
+            self._active += cost.active / block_length
+
+    def stats(self) -> RequestStats:
+        """The sums as reported to the user."""
+        n = self._later
+        return RequestStats(
+            forwards=self.forwards,
+            blocks=self.blocks,
+            denoise_steps=self.steps,
+            dense_steps=self.dense_steps,
+            kv_density=self._kv / n if n else None,
+            kv_density_q=self._q / n if n else None,
+            active_share=self._active / n if n else None,
+            retractions=self.retractions,
+        )

@@ -1,0 +1,311 @@
+"""Which requests run, and on which pages. Knows no attention, no model, no tensors.
+
+A round: admit what fits, make room for the blocks that are to be stored (evict, then retract the youngest), then one
+work item per segment. Rows join and leave per step; nobody waits for the slowest block. Each request ends with exactly
+one output that carries a `finish`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from losa_runtime.cache.prefix_cache import PrefixCache
+from losa_runtime.core.batch import ForwardMode
+from losa_runtime.core.errors import InvalidRequest, QueueFull
+from losa_runtime.core.request import FinishReason, RequestOutput
+from losa_runtime.core.work import BlockResult, Ids, Round, WorkItem
+from losa_runtime.scheduler.block import DiffusionBlock
+from losa_runtime.scheduler.progress import News, after_step, to_output
+from losa_runtime.scheduler.req import Req
+
+LOOKAHEAD = 32  # waiting requests considered per round, so that a long queue costs the same as a short one
+
+
+class SchedulerLimits(NamedTuple):
+    """block_length, mask_token_id: of the model. max_running, max_queued: requests. prefill_budget: tokens of prompt
+    (and rows of scoring) per round. fuse_commit: a commit shares its forward with the next block's first step."""
+
+    block_length: int
+    mask_token_id: int
+    max_running: int
+    max_queued: int
+    prefill_budget: int
+    fuse_commit: bool
+
+
+class Scheduler:
+    """Owns the queue, the running requests, the state slots and, through PrefixCache, the pages."""
+
+    def __init__(self, cache: PrefixCache, limits: SchedulerLimits) -> None:
+        self.cache, self.limits = cache, limits
+        self.waiting: deque[Req] = deque()
+        self.running: list[Req] = []
+        self._slots = list(range(limits.max_running - 1, -1, -1))
+        self._released: list[int] = []
+        self._in_round: list[tuple[Req, WorkItem]] = []
+        self._ended: list[RequestOutput] = []  # terminal outputs of requests that ended outside a round
+        self.prompt_tokens = self.hit_tokens = 0
+
+    # -- arrivals and departures ------------------------------------------------------------------------------------
+
+    def add(self, req: Req) -> None:
+        """Queue a request. Raises InvalidRequest if it can never fit, QueueFull if the queue is at its limit."""
+        pages = self._pages(req.tokens.size)
+        if pages > self.cache.pool.num_pages:
+            raise InvalidRequest(
+                "prompt + max_new_tokens",
+                req.settings.limit,
+                f"at most {self.cache.pool.num_pages * self.cache.page_size} tokens, the size of the page pool",
+            )
+        if len(self.waiting) >= self.limits.max_queued:
+            raise QueueFull(f"{len(self.waiting)} requests are waiting, the limit; try again later")
+        self.waiting.append(req)
+
+    def abort(self, rid: str) -> bool:
+        """End a live request; its last output comes from the next `commit`. False if there is none of that name."""
+        req = next((r for r in (*self.running, *self.waiting) if r.request.rid == rid), None)
+        if req is None:
+            return False
+        self._end(req, FinishReason(type="abort", message="aborted by the client"))
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        """True while requests are live or an ending has not been reported yet."""
+        return bool(self.waiting or self.running or self._ended)
+
+    # -- one round --------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Round:
+        """The work of the next forward; empty items if nothing can run."""
+        self._make_room_for_commits()
+        self._admit()
+        stores: list[tuple[Req, WorkItem]] = []
+        blocks: list[tuple[Req, WorkItem]] = []
+        budget = self.limits.prefill_budget
+        for req in self.running:
+            if req.prefilling:
+                item = self._prefill_item(req, budget)
+                if item is not None:
+                    budget -= item.tokens.size
+                    stores.append((req, item))
+            elif req.unscored:
+                scores = self._score_items(req, budget)
+                budget -= sum(item.tokens.size for item in scores)
+                blocks.extend((req, item) for item in scores)
+            elif req.block is not None and req.block.complete:
+                stores.append((req, self._commit_item(req, req.block)))
+                if self.limits.fuse_commit:
+                    req.opening = req.open_block(req.block.start + self.limits.block_length, self.limits.mask_token_id)
+                    blocks.append((req, self._block_item(req, req.opening)))
+            elif req.settings.limit > req.prompt_len:
+                if req.block is None:
+                    req.block = req.open_block(req.committed, self.limits.mask_token_id)
+                blocks.append((req, self._block_item(req, req.block)))
+        self._in_round = stores + blocks
+        released, self._released = tuple(self._released), []
+        return Round(tuple(item for _, item in self._in_round), released)
+
+    def commit(self, results: list[BlockResult]) -> list[RequestOutput]:
+        """Take in the results of the round, one per block segment in order, and report what is new."""
+        in_round, self._in_round = self._in_round, []
+        for req in {id(req): req for req, _ in in_round}.values():
+            req.cost.forwards += 1
+        outputs: list[RequestOutput] = []
+        remaining = iter(results)
+        for req, item in in_round:
+            result = None if item.mode.stores else next(remaining)
+            if req.lease is None:  # ended during the round
+                continue
+            news = self._apply(req, item, result)
+            if news is not None:
+                outputs.append(to_output(req, news))
+                if news.finish is not None:
+                    self._leave(req)
+        for req in [r for r in self.running if self._has_nothing_to_generate(r)]:
+            finish = FinishReason(type="length", length=0)
+            outputs.append(to_output(req, News(finish=finish)))
+            self._leave(req)
+        outputs.extend(self._ended)
+        self._ended = []
+        return outputs
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    def _apply(self, req: Req, item: WorkItem, result: BlockResult | None) -> News | None:
+        if item.mode.stores:
+            self._stored(req, item)
+            return None
+        assert result is not None
+        if result.error is not None:
+            return News(finish=FinishReason(type="error", message=result.error, status_code=500))
+        if item.mode is ForwardMode.SCORE:
+            req.scores.append(float(result.logprobs[0]))
+            return None
+        block = req.block
+        assert block is not None and result.cost is not None
+        req.cost.add_step(result.cost, first=item.mode is ForwardMode.OPEN, block_length=self.limits.block_length)
+        block.accept(result.offsets, result.tokens, result.logprobs)
+        news = after_step(req, block)
+        if news is not None and block.complete and news.finish is None:
+            req.tokens[block.start : block.start + block.tokens.size] = block.tokens
+            req.length = block.start + block.tokens.size
+            req.cost.blocks += 1
+        elif news is not None:
+            req.cost.blocks += 1
+        return news
+
+    def _stored(self, req: Req, item: WorkItem) -> None:
+        """The K/V of a store segment are in their pages: share them."""
+        assert req.lease is not None
+        req.committed = item.start + item.tokens.size
+        self.cache.publish(req.lease, req.tokens[: req.committed])
+        if item.mode is ForwardMode.COMMIT:
+            req.block, req.opening = req.opening, None
+
+    def _has_nothing_to_generate(self, req: Req) -> bool:
+        return req.settings.limit <= req.prompt_len and not req.prefilling and not req.unscored
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    def _make_room_for_commits(self) -> None:
+        """Pages for every block that is about to be stored, oldest request first; the youngest give way."""
+        for req in sorted(self.running, key=lambda r: r.order):
+            if req.lease is None or req.block is None or not req.block.complete:
+                continue
+            while not self.cache.grow(req.lease, req.committed + self.limits.block_length):
+                youngest = max(self.running, key=lambda r: r.order)
+                self._retract(youngest)
+                if youngest is req:
+                    break
+
+    def _retract(self, req: Req) -> None:
+        """Give a running request's pages back and queue it again, first in line."""
+        self._give_back(req)
+        req.rewind()
+        self.waiting.appendleft(req)
+
+    def _admit(self) -> None:
+        """Let waiting requests in while there are slots and pages; those that will share a prefix which is being
+        prefilled right now wait for it."""
+        passed: list[Req] = []
+        while self.waiting and self._slots and len(passed) < LOOKAHEAD:
+            req = self.waiting.popleft()
+            known = req.tokens[: req.prefill_target]
+            lease = self.cache.open(req.request.namespace, known, self._pages(req.tokens.size))
+            hit = lease.count * self.cache.page_size
+            if self._prefix_in_flight(req, hit):
+                self.cache.close(lease)
+                passed.append(req)
+                continue
+            reserve = self._pages(self.limits.block_length) * len(self.running)
+            need = self._pages(req.prefill_target) - lease.count
+            if (self.running and need + reserve > self.cache.available) or not self.cache.grow(lease, known.size):
+                self.cache.close(lease)
+                passed.append(req)
+                break
+            req.lease, req.committed, req.slot = lease, hit, self._slots.pop()
+            if req.cached_tokens is None:
+                req.cached_tokens = hit
+                self.prompt_tokens += req.prompt_len
+                self.hit_tokens += hit
+            self.running.append(req)
+        self.waiting.extendleft(reversed(passed))
+
+    def _prefix_in_flight(self, req: Req, hit: int) -> bool:
+        """True if a running prefill will soon provide more of this prefix than the cache has now."""
+        if not self.cache.reuse:
+            return False
+        end = req.prefill_target
+        for other in self.running:
+            if not other.prefilling or other.request.namespace != req.request.namespace:
+                continue
+            size = min(end, other.prefill_target)
+            first = slice(hit, hit + self.cache.unit)
+            if (
+                size - hit >= self.cache.unit
+                and np.array_equal(req.tokens[first], other.tokens[first])
+                and (np.array_equal(req.tokens[:hit], other.tokens[:hit]))
+            ):
+                return True
+        return False
+
+    # -- endings ----------------------------------------------------------------------------------------------------
+
+    def _end(self, req: Req, finish: FinishReason) -> None:
+        self._ended.append(to_output(req, News(finish=finish)))
+        if req.lease is None:
+            self.waiting.remove(req)
+        else:
+            self._leave(req)
+
+    def _leave(self, req: Req) -> None:
+        self._give_back(req)
+        req.lease, req.slot = None, -1
+
+    def _give_back(self, req: Req) -> None:
+        assert req.lease is not None
+        self.cache.close(req.lease)
+        self.running.remove(req)
+        self._slots.append(req.slot)
+        self._released.append(req.slot)
+
+    # -- work items -------------------------------------------------------------------------------------------------
+
+    def _prefill_item(self, req: Req, budget: int) -> WorkItem | None:
+        size = min(req.prefill_target - req.committed, budget - budget % self.limits.block_length)
+        if size <= 0:
+            return None
+        tokens = req.tokens[req.committed : req.committed + size].astype(np.int64)
+        return WorkItem(ForwardMode.PREFILL, tokens, req.committed, self._table(req, req.committed + size))
+
+    def _commit_item(self, req: Req, block: DiffusionBlock) -> WorkItem:
+        table = self._table(req, block.start + block.tokens.size)
+        return WorkItem(ForwardMode.COMMIT, block.tokens.copy(), block.start, table)
+
+    def _block_item(self, req: Req, block: DiffusionBlock) -> WorkItem:
+        return WorkItem(
+            mode=ForwardMode.OPEN if block.step == 0 else ForwardMode.DENOISE,
+            tokens=block.tokens.copy(),
+            start=block.start,
+            pages=self._table(req, block.start),
+            slot=req.slot,
+            step=block.step,
+            candidates=block.candidates,
+            known=block.known,
+            sparse=req.settings.sparse,
+            decoding=req.settings.decoding,
+            context=req.row_context(),
+        )
+
+    def _score_items(self, req: Req, budget: int) -> list[WorkItem]:
+        """One segment per scored position: its block with everything from that position on masked."""
+        b = self.limits.block_length
+        positions = req.unscored[: max(1, budget // b)] if budget > 0 else range(0)
+        items = []
+        for position in positions:
+            start, offset = position - position % b, position % b
+            tokens = np.full(b, self.limits.mask_token_id, dtype=np.int64)
+            tokens[:offset] = req.tokens[start:position]
+            items.append(
+                WorkItem(
+                    mode=ForwardMode.SCORE,
+                    tokens=tokens,
+                    start=start,
+                    pages=self._table(req, start),
+                    candidates=np.array([offset], dtype=np.int64),
+                    target=int(req.tokens[position]),
+                    context=req.row_context(),
+                )
+            )
+        return items
+
+    def _table(self, req: Req, tokens: int) -> Ids:
+        assert req.lease is not None
+        return req.lease.pages[: self._pages(tokens)]
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.cache.page_size)

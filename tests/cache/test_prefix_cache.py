@@ -1,0 +1,195 @@
+"""Leases, tree and pool: against a plain model of what must be cached, and under random sharing and pressure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from losa_runtime.cache.page_pool import PagePool
+from losa_runtime.cache.prefix_cache import Lease, PrefixCache
+
+
+def ids(*tokens: int) -> np.ndarray:
+    return np.array(tokens, dtype=np.int32)
+
+
+def fill(cache: PrefixCache, tokens: np.ndarray, namespace: str = "") -> Lease:
+    lease = cache.open(namespace, tokens, capacity=64)
+    assert cache.grow(lease, tokens.size)
+    cache.publish(lease, tokens)
+    return lease
+
+
+def test_pool_takes_and_gives_each_page_once() -> None:
+    pool = PagePool(4)
+    first = pool.take(3)
+    assert pool.free == 1
+    pool.give(first[:2])
+    assert pool.free == 3
+    with pytest.raises(AssertionError, match=str(int(first[0]))):
+        pool.give(first[:1])
+
+
+def test_a_prefix_is_found_in_whole_units_only() -> None:
+    cache = PrefixCache(16, page_size=4, block_length=4)
+    cache.close(fill(cache, ids(*range(12))))
+    for length, hit in [(12, 12), (11, 8), (8, 8), (7, 4), (3, 0), (0, 0)]:
+        lease = cache.open("", ids(*range(length)), 16)
+        assert lease.count * 4 == hit, length
+        cache.close(lease)
+    diverging = cache.open("", ids(0, 1, 2, 3, 4, 5, 6, 99, 8, 9, 10, 11), 16)
+    assert diverging.count * 4 == 4
+    cache.close(diverging)
+    cache.check()
+
+
+def test_small_blocks_share_a_page_only_when_it_is_full() -> None:
+    cache = PrefixCache(16, page_size=16, block_length=4)
+    lease = cache.open("", ids(*range(12)), 4)
+    assert cache.grow(lease, 12)
+    cache.publish(lease, ids(*range(12)))
+    assert lease.shared == 0
+    cache.publish(lease, ids(*range(16)))
+    assert lease.shared == 1
+    cache.close(lease)
+    cache.check()
+
+
+def test_blocks_larger_than_a_page_are_the_unit() -> None:
+    cache = PrefixCache(16, page_size=4, block_length=8)
+    cache.close(fill(cache, ids(*range(16))))
+    lease = cache.open("", ids(*range(12)), 16)
+    assert lease.count == 2
+    cache.close(lease)
+
+
+def test_namespaces_do_not_see_each_other() -> None:
+    cache = PrefixCache(16, page_size=4, block_length=4)
+    cache.close(fill(cache, ids(*range(8)), "tenant-a"))
+    lease = cache.open("tenant-b", ids(*range(8)), 16)
+    assert lease.count == 0
+    cache.close(lease)
+
+
+def test_duplicate_pages_are_freed_and_replaced() -> None:
+    cache = PrefixCache(16, page_size=4, block_length=4)
+    first = cache.open("", ids(*range(8)), 16)
+    second = cache.open("", ids(*range(8)), 16)
+    assert cache.grow(first, 8) and cache.grow(second, 8)
+    cache.publish(first, ids(*range(8)))
+    cache.publish(second, ids(*range(8)))
+    assert np.array_equal(first.table, second.table)
+    assert cache.pool.free == 14
+    cache.check()
+
+
+def test_eviction_takes_the_oldest_unlocked_leaf_and_spares_locked_paths() -> None:
+    cache = PrefixCache(4, page_size=4, block_length=4)
+    kept = fill(cache, ids(1, 1, 1, 1))
+    old = fill(cache, ids(2, 2, 2, 2))
+    new = fill(cache, ids(3, 3, 3, 3))
+    cache.close(old)
+    cache.close(new)
+    cache.close(cache.open("", ids(3, 3, 3, 3), 4))
+    lease = cache.open("", ids(), 4)
+    assert cache.grow(lease, 8)  # one page is free, one must be evicted: the older of the two unlocked
+    cache.check()
+    assert cache.open("", ids(2, 2, 2, 2), 4).count == 0
+    assert cache.open("", ids(3, 3, 3, 3), 4).count == 1
+    assert not cache.grow(lease, 16), "the locked page and the one just locked must stay"
+    assert kept.count == 1
+
+
+def test_without_reuse_nothing_is_shared() -> None:
+    cache = PrefixCache(8, page_size=4, block_length=4, reuse=False)
+    cache.close(fill(cache, ids(*range(8))))
+    lease = cache.open("", ids(*range(8)), 8)
+    assert lease.count == 0
+    assert cache.pool.free == 8
+
+
+class PrefixCacheMachine(RuleBasedStateMachine):
+    """Random requests over a tiny alphabet (much sharing, many splits) on a small pool (much eviction).
+
+    The model keeps, per page, the exact prefix whose K/V the page holds: a lease must only ever list pages whose
+    content is its own prefix.
+    """
+
+    @initialize(page_and_block=st.sampled_from([(1, 1), (2, 2), (4, 2), (2, 4)]), pages=st.integers(6, 24))
+    def start(self, page_and_block: tuple[int, int], pages: int) -> None:
+        self.page, self.block = page_and_block
+        self.cache = PrefixCache(pages, self.page, self.block)
+        self.live: list[tuple[Lease, str, np.ndarray, int]] = []
+        self.content: dict[int, tuple[str, tuple[int, ...]]] = {}
+
+    def write(self, lease: Lease, namespace: str, tokens: np.ndarray, start: int, stop: int) -> None:
+        for page in range(start // self.page, -(-stop // self.page)):
+            held = tuple(int(t) for t in tokens[: min((page + 1) * self.page, stop)])
+            self.content[int(lease.pages[page])] = (namespace, held)
+
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=0, max_size=24),
+        namespace=st.sampled_from(["", "", "", "b"]),
+    )
+    def open(self, tokens: list[int], namespace: str) -> None:
+        array = np.array(tokens[: len(tokens) - len(tokens) % self.block], dtype=np.int32)
+        lease = self.cache.open(namespace, array, capacity=64)
+        hit = lease.count * self.page
+        assert hit <= array.size and hit % self.cache.unit == 0
+        self.live.append((lease, namespace, array, hit))
+
+    @precondition(lambda self: self.live)
+    @rule(pick=st.integers(0, 99), more=st.lists(st.integers(0, 1), min_size=4, max_size=4), blocks=st.integers(1, 3))
+    def extend(self, pick: int, more: list[int], blocks: int) -> None:
+        """Store the next blocks (known ones first, then generated ones) and publish them."""
+        at = pick % len(self.live)
+        lease, namespace, tokens, committed = self.live[at]
+        stop = committed + blocks * self.block
+        if stop > 40:
+            return
+        if stop > tokens.size:
+            tokens = np.concatenate([tokens, np.resize(np.array(more, dtype=np.int32), stop - tokens.size)])
+        before = self.cache.available
+        if not self.cache.grow(lease, stop):
+            assert -(-stop // self.page) - lease.count > before
+            return
+        self.write(lease, namespace, tokens, committed, stop)
+        self.cache.publish(lease, tokens[:stop])
+        self.live[at] = (lease, namespace, tokens, stop)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=st.integers(0, 99))
+    def close(self, pick: int) -> None:
+        lease = self.live.pop(pick % len(self.live))[0]
+        self.cache.close(lease)
+
+    @rule()
+    def flush(self) -> None:
+        self.cache.flush()
+        if not self.live:
+            assert self.cache.pool.free == self.cache.pool.num_pages
+
+    @invariant()
+    def every_page_is_in_one_hand(self) -> None:
+        self.cache.check()
+
+    @invariant()
+    def leases_list_their_own_prefix(self) -> None:
+        for lease, namespace, tokens, committed in self.live:
+            for page in range(-(-committed // self.page)):
+                stop = min((page + 1) * self.page, committed)
+                owner, held = self.content[int(lease.pages[page])]
+                assert (owner, held[:stop]) == (namespace, tuple(int(t) for t in tokens[:stop]))
+
+
+TestPrefixCacheMachine = PrefixCacheMachine.TestCase
+TestPrefixCacheMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.slow
+class TestPrefixCacheMachineLong(PrefixCacheMachine.TestCase):
+    """The same for at least 10,000 steps."""
+
+    settings = settings(max_examples=400, stateful_step_count=60, deadline=None)

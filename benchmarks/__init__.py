@@ -1,0 +1,1 @@
+"""Measurements of the runtime: speed, quality, and the small model they run on."""

@@ -1,0 +1,1 @@
+"""The bundled model: its corpus, tokenizer, training and evaluation."""

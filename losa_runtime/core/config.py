@@ -31,6 +31,7 @@ class EngineConfig(BaseModel):
     page_size: tokens per K/V page. max_total_tokens: size of the page pool in tokens; None = from free memory times
     mem_fraction. context_length: longest prompt + output; None = the model's.
     chunked_prefill_size: prompt tokens prefilled per round over all requests.
+    disable_fused_commit: store a finished block in a forward of its own, not together with the next block's first step.
     block_length, mask_token_id, rope_scaling: override the checkpoint's config.
     sparse_method … denoising_steps: defaults of `DiffusionParams`, see there.
     """
@@ -56,6 +57,7 @@ class EngineConfig(BaseModel):
     max_queued_requests: int = Field(default=1024, gt=0)
     chunked_prefill_size: int = Field(default=2048, gt=0)
     disable_radix_cache: bool = False
+    disable_fused_commit: bool = False
 
     sparse_method: str = "dense"
     token_budget: int = Field(default=1024, gt=0)

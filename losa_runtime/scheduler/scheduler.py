@@ -64,9 +64,13 @@ class Scheduler:
             raise QueueFull(f"{len(self.waiting)} requests are waiting, the limit; try again later")
         self.waiting.append(req)
 
+    def is_live(self, rid: str) -> bool:
+        """True while a request of that name is queued or running."""
+        return self._find(rid) is not None
+
     def abort(self, rid: str) -> bool:
         """End a live request; its last output comes from the next `commit`. False if there is none of that name."""
-        req = next((r for r in (*self.running, *self.waiting) if r.request.rid == rid), None)
+        req = self._find(rid)
         if req is None:
             return False
         self._end(req, FinishReason(type="abort", message="aborted by the client"))
@@ -232,6 +236,9 @@ class Scheduler:
             ):
                 return True
         return False
+
+    def _find(self, rid: str) -> Req | None:
+        return next((r for r in (*self.running, *self.waiting) if r.request.rid == rid), None)
 
     # -- endings ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,170 @@
+"""The heart on one screen: `step` = schedule, run, commit. Knows no socket and no prompt text.
+
+Loads model, tokenizer, pools and methods once, settles every request's parameters when it arrives, and from then on
+only moves rounds between the scheduler and the runner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+import numpy as np
+
+from losa_runtime.assembly import Parts, assemble
+from losa_runtime.core.config import EngineConfig
+from losa_runtime.core.errors import InvalidRequest
+from losa_runtime.core.request import Request, RequestOutput
+from losa_runtime.core.sampling_params import SamplingParams
+from losa_runtime.decoding.penalties import check_logit_bias
+from losa_runtime.decoding.registry import resolve as resolve_decoding
+from losa_runtime.scheduler.req import Req, ReqSettings
+from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
+from losa_runtime.sparse.method import resolve as resolve_sparse
+from losa_runtime.text_stream import TextStream
+from losa_runtime.tokenizer import Detokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """A model, its cache and its queue. One thread; call `step` while `has_work`.
+
+    Raises ConfigError or CheckpointError from the constructor, InvalidRequest or QueueFull from `add`. Every request
+    that `add` accepted ends with exactly one RequestOutput that carries a `finish`.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.parts: Parts = assemble(config)
+        self.config = config
+        self.scheduler = Scheduler(
+            self.parts.cache,
+            SchedulerLimits(
+                block_length=self.parts.model_config.block_length,
+                mask_token_id=self.parts.model_config.mask_token_id,
+                max_running=config.max_running_requests,
+                max_queued=config.max_queued_requests,
+                prefill_budget=max(config.chunked_prefill_size, self.parts.model_config.block_length),
+                fuse_commit=not config.disable_fused_commit,
+            ),
+        )
+        self._arrivals = 0
+        self._forwards = self._generated = 0
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """One round: schedule, run, commit."""
+        work = self.scheduler.schedule()
+        results = self.parts.runner.run(work) if work.items else []
+        outputs = self.scheduler.commit(results)
+        self._forwards += bool(work.items)
+        self._generated += sum(len(output.token_ids) for output in outputs)
+        if not self.scheduler.has_work:
+            self.parts.cache.check()
+        return outputs
+
+    def has_work(self) -> bool:
+        """True while a request is live or an ending has not been reported."""
+        return self.scheduler.has_work
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequest naming the field, or QueueFull."""
+        if self.scheduler.is_live(request.rid):
+            raise InvalidRequest("rid", request.rid, "an id that no live request has")
+        self._check_prompt(request)
+        req = Req(request, self._settle(request), self._arrivals, self.parts.model_config.block_length)
+        self.scheduler.add(req)
+        self._arrivals += 1
+
+    def abort(self, rid: str) -> bool:
+        """End a live request; its last output comes from the next step. False if there is no such request."""
+        return self.scheduler.abort(rid)
+
+    def flush_cache(self) -> bool:
+        """Drop all cached prefixes. False (and nothing done) while requests are live."""
+        if self.scheduler.has_work:
+            return False
+        self.parts.cache.flush()
+        return True
+
+    def _check_prompt(self, request: Request) -> None:
+        limit = self.parts.context_length
+        ids, wants = request.prompt_ids, request.sampling.max_new_tokens
+        if not ids and wants != 0:
+            raise InvalidRequest("prompt", "no tokens", "at least one token (an empty prompt has nothing to go on)")
+        if len(ids) > limit or (len(ids) == limit and wants != 0):
+            raise InvalidRequest("prompt", f"{len(ids)} tokens", f"fewer than the context length of {limit} tokens")
+        if wants is not None and len(ids) + wants > limit:
+            raise InvalidRequest(
+                "sampling_params.max_new_tokens",
+                wants,
+                f"at most {limit - len(ids)} behind a prompt of {len(ids)} tokens (context length {limit})",
+            )
+        self._check_ids(ids)
+        if request.score is not None and request.score.start > len(ids):
+            raise InvalidRequest("logprob_start_len", request.score.start, f"at most the prompt's {len(ids)} tokens")
+
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
+        tokens = np.asarray(ids, dtype=np.int64)
+        size, mask = self.parts.tokenizer.vocab_size, self.parts.model_config.mask_token_id
+        outside = np.flatnonzero((tokens < 0) | (tokens >= size) | (tokens == mask))
+        if outside.size:
+            at = int(outside[0])
+            raise InvalidRequest(f"input_ids.{at}", ids[at], f"0 to {size - 1} without MASK ({mask}): no holes in a prompt")
+
+    def _settle(self, request: Request) -> ReqSettings:
+        params, tokenizer = request.sampling, self.parts.tokenizer
+        check_logit_bias(params, tokenizer.vocab_size)
+        for token in params.stop_token_ids:
+            if not 0 <= token < tokenizer.vocab_size:
+                raise InvalidRequest("sampling_params.stop_token_ids", token, f"0 to {tokenizer.vocab_size - 1}")
+        room = self.parts.context_length - len(request.prompt_ids)
+        eos = self.parts.eos_token_ids
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
+        if len(ends | (eos if params.ignore_eos else frozenset())) + 1 >= tokenizer.vocab_size:
+            raise InvalidRequest("sampling_params.stop_token_ids", "the whole vocabulary", "fewer tokens")
+        return ReqSettings(
+            seed=self._seed(request, params),
+            limit=len(request.prompt_ids) + (room if params.max_new_tokens is None else params.max_new_tokens),
+            stop_ids=ends,
+            ban_always=tuple(sorted(eos - frozenset(params.stop_token_ids))) if params.ignore_eos else (),
+            ban_early=tuple(sorted(ends)) if params.min_new_tokens else (),
+            sparse=resolve_sparse(params.custom_params, self.config, self.parts.geometry),
+            decoding=resolve_decoding(params.custom_params, self.config, self.parts.model_config.block_length),
+            text=TextStream(Detokenizer(tokenizer, params.skip_special_tokens), params.stop, params.no_stop_trim),
+        )
+
+    def _seed(self, request: Request, params: SamplingParams) -> int:
+        """The request's own seed, else one made of the engine's seed and the request's place in the order."""
+        if params.sampling_seed is not None:
+            return params.sampling_seed
+        text = f"{self.config.random_seed}:{self._arrivals}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+    # -- facts ------------------------------------------------------------------------------------------------------
+
+    def info(self) -> dict[str, object]:
+        """What this engine is: JSON-able, fixed for its life."""
+        return self.parts.info()
+
+    def stats(self) -> dict[str, object]:
+        """What this engine is doing: JSON-able counters."""
+        cache, scheduler = self.parts.cache, self.scheduler
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "pages_total": cache.pool.num_pages,
+            "pages_free": cache.pool.free,
+            "pages_cached": cache.tree.cached_pages,
+            "pages_owned": cache.owned_pages,
+            "pages_evicted": cache.evicted_pages,
+            "prompt_tokens": scheduler.prompt_tokens,
+            "cached_tokens": scheduler.hit_tokens,
+            "cache_hit_rate": scheduler.hit_tokens / max(1, scheduler.prompt_tokens),
+            "requests": self._arrivals,
+            "forwards": self._forwards,
+            "generated_tokens": self._generated,
+        }

@@ -1,0 +1,80 @@
+"""The specification of generation: one request, no cache, no pages, no batch; the whole sequence again at every step.
+
+Written without the runtime's scheduler, runner, backends or decoding code; only the network itself is shared (its
+parity with an independent implementation is a test of its own).
+"""
+
+from __future__ import annotations
+
+import torch
+from losa_runtime.models.model import BlockDiffusionModel
+from torch import Tensor
+
+
+def forward(model: BlockDiffusionModel, tokens: list[int]) -> Tensor:
+    """Logits [N, V] of every position under the block-causal mask."""
+    n, b = len(tokens), model.config.block_length
+    block = torch.arange(n) // b
+    visible = block[None, :] <= block[:, None]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("hts,shd->thd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+    with torch.inference_mode():
+        return model.logits(model(torch.tensor(tokens), torch.arange(n), attend))
+
+
+def generate(
+    model: BlockDiffusionModel,
+    prompt: list[int],
+    max_new_tokens: int,
+    steps: int,
+    rule: str = "low_confidence_dynamic",
+    threshold: float = 0.9,
+    vocab_size: int | None = None,
+    stop: tuple[int, ...] = (),
+    seen_logits: list[Tensor] | None = None,
+) -> list[int]:
+    """Greedy block diffusion; returns the output tokens up to and including the first stop token."""
+    b, mask = model.config.block_length, model.config.mask_token_id
+    end = len(prompt) + max_new_tokens
+    x = list(prompt)
+    while len(x) < end:
+        start = len(x) - len(x) % b
+        x += [mask] * (start + b - len(x))
+        for step in range(steps):
+            open_ = [i for i in range(start, min(start + b, end)) if x[i] == mask]
+            if not open_ or _stops(x[len(prompt) : end], stop, mask) is not None:
+                break
+            logits = forward(model, x)[open_]
+            if seen_logits is not None:
+                seen_logits.append(logits)
+            logits[:, mask] = logits[:, vocab_size or logits.shape[1] :] = -torch.inf
+            best = logits.argmax(-1)
+            sure = logits.softmax(-1)[torch.arange(len(open_)), best]
+            n = len(open_) if step == steps - 1 else min(len(open_), b // steps + (step < b % steps))
+            order = sorted(range(len(open_)), key=lambda i: (-float(sure[i]), i))
+            if rule == "sequential":
+                order = list(range(len(open_)))
+            chosen = order[:n]
+            above = [i for i in range(len(open_)) if sure[i] > threshold]
+            if rule == "low_confidence_dynamic" and len(above) >= n:
+                chosen = above
+            for i in chosen:
+                x[open_[i]] = int(best[i])
+        found = _stops(x[len(prompt) : end], stop, mask)
+        if found is not None:
+            return x[len(prompt) : len(prompt) + found + 1]
+    return x[len(prompt) : end]
+
+
+def _stops(output: list[int], stop: tuple[int, ...], mask: int) -> int | None:
+    for i, token in enumerate(output):
+        if token == mask:
+            return None
+        if token in stop:
+            return i
+    return None

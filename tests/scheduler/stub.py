@@ -1,0 +1,106 @@
+"""A forward that needs no model: tokens are a function of position, acceptance of a seed. And a text that is its ids."""
+
+from __future__ import annotations
+
+import numpy as np
+from losa_runtime.cache.prefix_cache import PrefixCache
+from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
+from losa_runtime.core.decoding_params import DecodingParams
+from losa_runtime.core.request import Request, RequestOutput, ScoreSpec
+from losa_runtime.core.sampling_params import SamplingParams
+from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem
+from losa_runtime.scheduler.req import Req, ReqSettings
+from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
+from losa_runtime.text_stream import TextStream
+
+MASK = 999
+NO_COST = SegmentCost(density_kv=0.0, density_q=0.0, active=0.0, dense=True)
+
+
+class IdText:
+    """A detokenizer whose text is one letter per token."""
+
+    def push(self, ids: list[int]) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+    def flush(self) -> str:
+        return ""
+
+
+class World:
+    """A scheduler with a stub in place of the runner. `content` maps each page to the tokens whose K/V it holds."""
+
+    def __init__(self, pages: int, block: int = 4, page: int = 4, running: int = 4, budget: int = 16,
+                 fuse: bool = True, queue: int = 64, reuse: bool = True) -> None:
+        self.block, self.page = block, page
+        self.cache = PrefixCache(pages, page, block, reuse=reuse)
+        limits = SchedulerLimits(block, MASK, running, queue, budget, fuse)
+        self.scheduler = Scheduler(self.cache, limits)
+        self.content: dict[int, tuple[int, ...]] = {}
+        self.outputs: dict[str, list[RequestOutput]] = {}
+        self.arrivals = 0
+        self.rounds: list[Round] = []
+
+    def add(self, rid: str, prompt: list[int], new: int, stop: tuple[int, ...] = (), score: int | None = None,
+            namespace: str = "") -> None:
+        request = Request(
+            rid=rid, prompt_ids=tuple(prompt), sampling=SamplingParams(max_new_tokens=new),
+            score=None if score is None else ScoreSpec(start=score), namespace=namespace,
+        )
+        settings = ReqSettings(
+            seed=0, limit=len(prompt) + new, stop_ids=frozenset(stop), ban_always=(), ban_early=(),
+            sparse=SparseParams("dense", 16, ActiveRule("count", 1)),
+            decoding=DecodingParams("sequential", 0.9, self.block), text=TextStream(IdText(), (), False),
+        )
+        self.scheduler.add(Req(request, settings, self.arrivals, self.block))
+        self.outputs[rid] = []
+        self.arrivals += 1
+
+    def step(self) -> Round:
+        work = self.scheduler.schedule()
+        self.rounds.append(work)
+        for item in work.items:
+            self.read_and_write(item)
+        results = [self.result(item) for item in work.items if not item.mode.stores]
+        for output in self.scheduler.commit(results):
+            self.outputs[output.rid].append(output)
+        self.cache.check()
+        return work
+
+    def read_and_write(self, item: WorkItem) -> None:
+        """Every page read must hold exactly this request's prefix; store segments write theirs."""
+        end = item.start + item.tokens.size if item.mode.stores else item.start
+        sequence: tuple[int, ...] = ()
+        for index in range(-(-item.start // self.page)):
+            stop = min(self.page, item.start - index * self.page)
+            sequence += self.content[int(item.pages[index])][:stop]
+        assert len(sequence) == item.start
+        if item.mode.stores:
+            assert MASK not in item.tokens, "a mask was stored"
+            sequence += tuple(int(t) for t in item.tokens)
+            for index in range(item.start // self.page, -(-end // self.page)):
+                self.content[int(item.pages[index])] = sequence[index * self.page : (index + 1) * self.page]
+        self.last_prefix = sequence
+
+    def result(self, item: WorkItem) -> BlockResult:
+        assert item.candidates is not None
+        positions = item.candidates + item.start
+        if item.mode is ForwardMode.SCORE:
+            return BlockResult(item.candidates, np.array([item.target]), -1.0 - positions.astype(float))
+        take = max(1, item.candidates.size // 2)
+        chosen = item.candidates[::-1][:take] if item.step % 2 else item.candidates[:take]
+        chosen = np.sort(chosen)
+        return BlockResult(chosen, (chosen + item.start) * 7 % 50, -0.5 * np.ones(chosen.size), NO_COST)
+
+    def drain(self, limit: int = 2000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError("the scheduler does not come to an end")
+
+    def tokens(self, rid: str) -> list[int]:
+        return [t for output in self.outputs[rid] for t in output.token_ids]
+
+    def terminal(self, rid: str) -> list[RequestOutput]:
+        return [o for o in self.outputs[rid] if o.finish is not None]

@@ -1,0 +1,210 @@
+"""The scheduler with a stub forward: what runs when, endings, pressure; and random arrivals, aborts and retractions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from losa_runtime.core.batch import ForwardMode
+from losa_runtime.core.errors import InvalidRequest, QueueFull
+
+from tests.scheduler.stub import World
+
+
+def expected(prompt_len: int, new: int) -> list[int]:
+    return [(prompt_len + i) * 7 % 50 for i in range(new)]
+
+
+@pytest.mark.parametrize("prompt_len", [1, 3, 4, 5, 8, 17])
+@pytest.mark.parametrize("new", [1, 4, 6, 13])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_every_length_yields_its_tokens(prompt_len: int, new: int, fuse: bool) -> None:
+    world = World(pages=32, fuse=fuse)
+    world.add("r", list(range(prompt_len)), new)
+    world.drain()
+    assert world.tokens("r") == expected(prompt_len, new)
+    [last] = world.terminal("r")
+    assert last.finish is not None and last.finish.type == "length" and last.finish.length == new
+    assert last.completion_tokens == new and last.prompt_tokens == prompt_len
+
+
+def test_prefill_respects_the_budget_and_uses_many_blocks_per_round() -> None:
+    world = World(pages=64, budget=16)
+    world.add("r", list(range(40)), 1)
+    sizes = []
+    while world.scheduler.has_work:
+        sizes += [i.tokens.size for i in world.step().items if i.mode is ForwardMode.PREFILL]
+    assert sizes == [16, 16, 8]
+
+
+def test_commit_shares_the_forward_with_the_next_opening() -> None:
+    world = World(pages=32)
+    world.add("r", list(range(4)), 12)
+    world.drain()
+    together = [r for r in world.rounds if {i.mode for i in r.items} == {ForwardMode.COMMIT, ForwardMode.OPEN}]
+    assert len(together) == 2
+    apart = World(pages=32, fuse=False)
+    apart.add("r", list(range(4)), 12)
+    apart.drain()
+    assert len(apart.rounds) == len(world.rounds) + 2
+    assert apart.tokens("r") == world.tokens("r")
+
+
+def test_the_last_block_is_never_stored() -> None:
+    world = World(pages=32)
+    world.add("r", list(range(4)), 8)
+    world.drain()
+    assert sum(i.mode is ForwardMode.COMMIT for r in world.rounds for i in r.items) == 1
+    assert world.cache.tree.cached_pages == 2
+
+
+def test_a_stop_token_ends_the_request_as_soon_as_nothing_before_it_is_masked() -> None:
+    world = World(pages=32)
+    world.add("r", list(range(4)), 12, stop=(5 * 7 % 50,))
+    world.drain()
+    assert world.tokens("r") == expected(4, 2)
+    [last] = world.terminal("r")
+    assert last.finish is not None and last.finish.type == "stop" and last.finish.matched == 35
+
+
+def test_a_second_request_finds_the_prefix_and_the_answer_of_the_first() -> None:
+    world = World(pages=32)
+    world.add("a", list(range(8)), 9)
+    world.drain()
+    again = list(range(8)) + world.tokens("a")[:8]
+    world.add("b", again, 1)
+    world.drain()
+    assert world.terminal("b")[0].cached_tokens == 16
+
+
+def test_requests_that_arrive_together_prefill_a_shared_prefix_once() -> None:
+    world = World(pages=64, budget=8)
+    for rid in "abc":
+        world.add(rid, [*range(24), ord(rid)], 1)
+    world.drain()
+    prefilled = sum(i.tokens.size for r in world.rounds for i in r.items if i.mode is ForwardMode.PREFILL)
+    assert prefilled == 24
+    assert {world.terminal(r)[0].cached_tokens for r in "bc"} == {24}
+
+
+def test_namespaces_prefill_on_their_own() -> None:
+    world = World(pages=64)
+    world.add("a", list(range(8)), 1, namespace="x")
+    world.add("b", list(range(8)), 1, namespace="y")
+    world.drain()
+    assert world.terminal("b")[0].cached_tokens == 0
+
+
+def test_scoring_covers_each_position_once_and_stores_no_partial_block() -> None:
+    world = World(pages=64, budget=8)
+    world.add("r", list(range(11)), 0, score=6)
+    world.drain()
+    [last] = world.terminal("r")
+    assert last.prompt_logprobs == tuple(-1.0 - p for p in range(6, 11))
+    assert world.cache.tree.cached_pages == 2
+
+
+def test_nothing_to_generate_only_fills_the_cache() -> None:
+    world = World(pages=64)
+    world.add("r", list(range(8)), 0)
+    world.add("empty", [], 0)
+    world.drain()
+    assert world.cache.tree.cached_pages == 2
+    assert world.terminal("r")[0].finish.length == 0  # type: ignore[union-attr]
+    assert len(world.terminal("empty")) == 1
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    world = World(pages=4)
+    with pytest.raises(InvalidRequest, match="16 tokens"):
+        world.add("r", list(range(12)), 8)
+
+
+def test_a_full_queue_says_so() -> None:
+    world = World(pages=8, queue=1)
+    world.add("a", [1], 1)
+    with pytest.raises(QueueFull):
+        world.add("b", [1], 1)
+
+
+def test_under_pressure_the_youngest_gives_way_and_comes_out_the_same() -> None:
+    world = World(pages=8, running=4)
+    for i, rid in enumerate("abc"):
+        world.add(rid, [i * 10 + j for j in range(5)], 16)
+    world.drain()
+    assert sum(world.terminal(r)[0].stats.retractions for r in "abc") > 0
+    assert world.terminal("a")[0].stats.retractions == 0
+    assert all(world.tokens(r) == expected(5, 16) for r in "abc")
+
+
+def test_abort_ends_queued_and_running_requests_once() -> None:
+    world = World(pages=32, running=1)
+    world.add("a", list(range(5)), 30)
+    world.add("b", list(range(5)), 30)
+    world.step()
+    assert world.scheduler.abort("a") and world.scheduler.abort("b")
+    assert not world.scheduler.abort("a")
+    world.drain()
+    for rid in "ab":
+        [last] = world.terminal(rid)
+        assert last.finish is not None and last.finish.type == "abort"
+    assert world.cache.owned_pages == 0
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random arrivals with much sharing, aborts and steps on a pool so small that retraction is common."""
+
+    @initialize(shape=st.sampled_from([(4, 4), (2, 4), (4, 2)]), pages=st.integers(10, 20), fuse=st.booleans())
+    def start(self, shape: tuple[int, int], pages: int, fuse: bool) -> None:
+        self.world = World(pages=pages, block=shape[0], page=shape[1], running=3, budget=8, fuse=fuse)
+        self.asked: dict[str, tuple[int, int]] = {}
+
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14), new=st.integers(0, 14), seed=st.booleans())
+    def arrive(self, prompt: list[int], new: int, seed: bool) -> None:
+        rid = f"r{len(self.asked)}"
+        try:
+            self.world.add(rid, prompt, new, score=len(prompt) // 2 if seed else None)
+        except InvalidRequest:
+            assert len(prompt) + new > (self.world.cache.pool.num_pages - 2) * self.world.page
+            return
+        self.asked[rid] = (len(prompt), new)
+
+    @rule(count=st.integers(1, 6))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.world.step()
+
+    @precondition(lambda self: self.asked)
+    @rule(pick=st.integers(0, 99))
+    def abort(self, pick: int) -> None:
+        self.world.scheduler.abort(f"r{pick % len(self.asked)}")
+
+    @invariant()
+    def one_end_each(self) -> None:
+        for rid, (prompt_len, new) in getattr(self, "asked", {}).items():
+            ends = self.world.terminal(rid)
+            assert len(ends) <= 1
+            if ends:
+                assert self.world.outputs[rid][-1] is ends[0], "news after the end"
+                if ends[0].finish.type != "abort":  # type: ignore[union-attr]
+                    assert self.world.tokens(rid) == expected(prompt_len, new)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.drain()
+            assert all(len(self.world.terminal(rid)) == 1 for rid in self.asked)
+            assert self.world.cache.owned_pages == 0
+            self.world.cache.flush()
+            assert self.world.cache.pool.free == self.world.cache.pool.num_pages
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.slow
+class TestSchedulerMachineLong(SchedulerMachine.TestCase):
+    """The same, longer."""
+
+    settings = settings(max_examples=400, stateful_step_count=50, deadline=None)

@@ -1,0 +1,87 @@
+"""What a model is to the rest of the runtime: an interface, the visible table of families, and how to load one.
+
+A model turns tokens and positions into hidden states and logits. It knows nothing of masks, caches, requests or
+sparsity: for attention it calls what it is handed.
+Shape letters: T tokens, H query heads, G KV heads, D head dim, C hidden, R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from losa_runtime.core.errors import CheckpointError
+from losa_runtime.core.model_config import ModelConfig
+from losa_runtime.models.weights import load_weights
+
+
+class AttendFn(Protocol):
+    """All that a model sees of attention."""
+
+    def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+        """Attention output [T, H, D] of one layer for rotated queries and keys of the batch's T rows."""
+        ...
+
+
+class BlockDiffusionModel(nn.Module, ABC):
+    """A model whose token i is predicted at position i, from whole earlier blocks and its own block.
+
+    tied: checkpoint tensor name -> name of the parameter that it repeats, for heads tied to the embedding.
+    """
+
+    config: ModelConfig
+    tied: dict[str, str]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tied = {}
+
+    @abstractmethod
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: AttendFn) -> Tensor:
+        """Hidden states [T, C] after the final norm. tokens, positions: int64 [T]; positions below max_context."""
+
+    @abstractmethod
+    def logits(self, hidden_RC: Tensor) -> Tensor:
+        """Scores float32 [R, V] of some rows of `forward`'s result; callers may go through the rows in chunks."""
+
+
+# architecture in config.json -> module of this package and class in it, imported only when asked for
+FAMILIES: dict[str, tuple[str, str]] = {
+    "SDARForCausalLM": ("losa_runtime.models.sdar", "SDARForCausalLM"),
+}
+
+
+def family_class(architecture: str) -> type[BlockDiffusionModel]:
+    """The class that implements an architecture. Raises CheckpointError with the known ones."""
+    if architecture not in FAMILIES:
+        raise CheckpointError(f"architecture: found {architecture!r}, allowed: {', '.join(sorted(FAMILIES))}")
+    module, name = FAMILIES[architecture]
+    return cast(type[BlockDiffusionModel], getattr(importlib.import_module(module), name))
+
+
+def empty_model(config: ModelConfig) -> BlockDiffusionModel:
+    """The model with its parameters on the meta device: shapes only, no memory."""
+    with torch.device("meta"):
+        return family_class(config.architecture)(config)
+
+
+def load_model(
+    folder: str | Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    show_progress: bool = False,
+) -> BlockDiffusionModel:
+    """Load a checkpoint folder in `dtype` onto `device`, in eval mode and without gradients.
+
+    Peak memory is the model plus one tensor. Raises CheckpointError listing every tensor that does not fit.
+    """
+    model = empty_model(config)
+    load_weights(Path(folder), model, model.tied, dtype=dtype, device=torch.device(device), show_progress=show_progress)
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,223 @@
+"""Text to token ids and back, for byte-level BPE checkpoints. Loads no torch; knows no model and no request.
+
+Special tokens in plain text are parsed, because clients render chat templates on their side. The one exception is the
+mask: its text is ordinary text, or a prompt that merely mentions it would open a position to be filled. The mask is
+known by its id; its spelling differs between checkpoints.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as FastTokenizer
+
+from losa_runtime.core.errors import CheckpointError, InvalidRequest
+from losa_runtime.core.model_config import CONFIG_FILE, SUPPORTED, read_json
+
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+
+
+def byte_alphabet() -> tuple[str, ...]:
+    """The printable character that stands for each byte in byte-level BPE vocabularies (GPT-2), index = byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    symbols = {byte: chr(byte) for byte in printable}
+    rest = (byte for byte in range(256) if byte not in symbols)
+    symbols |= {byte: chr(256 + index) for index, byte in enumerate(rest)}
+    return tuple(symbols[byte] for byte in range(256))
+
+
+_BYTE_OF = {symbol: byte for byte, symbol in enumerate(byte_alphabet())}
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    mask_token_id: None reads it from the folder's config.json (or the family's default). Raises CheckpointError when
+    the folder holds no byte-level tokenizer.json.
+    vocab_size: number of ids that stand for text, largest id + 1; ids above it only pad the model's embedding.
+    eos_token_id: id of tokenizer_config.json's eos_token, if any.
+    """
+
+    def __init__(self, folder: str | Path, mask_token_id: int | None = None) -> None:
+        folder = Path(folder)
+        path = folder / TOKENIZER_FILE
+        data = read_json(path)
+        _require_byte_level(path, data.get("decoder"))
+        added: list[dict[str, Any]] = data.get("added_tokens") or []
+        self.mask_token_id = _mask_id(folder) if mask_token_id is None else mask_token_id
+        self._added = {int(t["id"]): str(t["content"]) for t in added}
+        self._special = frozenset(int(t["id"]) for t in added if t.get("special"))
+        self._fast = _without_mask(path, data, self.mask_token_id, self._added)
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        vocabulary = self._fast.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(max(vocabulary.values(), default=-1), max(self._added, default=-1)) + 1
+        self._bytes: dict[int, bytes] = {i: text.encode() for i, text in self._added.items()}
+
+        settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
+        self._named = _named_specials(settings)
+        self._template_source = _template_source(folder, settings)
+        ids = {text: i for i, text in self._added.items()}
+        self.eos_token_id: int | None = ids.get(self._named.get("eos_token", ""))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint brings a chat template."""
+        return self._template_source is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; no token is put before or after it. Raises InvalidRequest for lone surrogates."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest("text", text, "valid Unicode without lone surrogates") from None
+        return list(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without text become nothing."""
+        return b"".join(self.pieces(ids, skip_special_tokens)).decode("utf-8", errors="replace")
+
+    def pieces(self, ids: Iterable[int], skip_special_tokens: bool = True) -> list[bytes]:
+        """The bytes that each id stands for."""
+        skipped = self._special if skip_special_tokens else frozenset()
+        return [b"" if i in skipped else self._piece(i) for i in ids]
+
+    def token_text(self, token_id: int) -> str:
+        """One id decoded alone, special tokens included; part of a character shows as U+FFFD."""
+        return self.decode((token_id,), skip_special_tokens=False)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """Render the checkpoint's own chat template; kwargs (e.g. `tools`, `enable_thinking`) are handed to it.
+
+        Raises InvalidRequest when there is no template or the template cannot render these messages.
+        """
+        if self._template_source is None:
+            raise InvalidRequest(
+                "messages", "a conversation", "plain text, because the checkpoint has no chat template"
+            )
+        names = {**self._named, "add_generation_prompt": add_generation_prompt, **kwargs}
+        try:
+            return self._template.render(messages=messages, **names)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            allowed = f"what the checkpoint's chat template can render ({error})"
+            raise InvalidRequest("messages", messages, allowed) from None
+
+    @cached_property
+    def _template(self) -> Template:
+        # Templates come from strangers: the sandbox keeps them from attributes, and immutability from our objects.
+        sandbox = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        sandbox.filters["tojson"] = _to_json
+        sandbox.globals["raise_exception"] = _raise
+        sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            return sandbox.from_string(self._template_source or "")
+        except TemplateError as error:
+            raise InvalidRequest(
+                "messages", "a conversation", f"plain text: the chat template is broken ({error})"
+            ) from None
+
+    def _piece(self, token_id: int) -> bytes:
+        known = self._bytes.get(token_id)
+        if known is None:
+            token = self._fast.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+            known = bytes(_BYTE_OF[c] for c in token) if token and all(c in _BYTE_OF for c in token) else b""
+            self._bytes[token_id] = known
+        return known
+
+
+class Detokenizer:
+    """Turns a growing list of ids into text that never changes once it is given out.
+
+    All pushes and the flush together equal `Tokenizer.decode` of all ids; a push costs the new tokens only.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that has become final; the bytes of an unfinished character are held back."""
+        return self._decoder.decode(b"".join(self._tokenizer.pieces(ids, self._skip)))
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD; afterwards the detokenizer starts afresh."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+def _require_byte_level(path: Path, decoder: Any) -> None:
+    kind = decoder.get("type") if isinstance(decoder, dict) else None
+    members = decoder.get("decoders", []) if kind == "Sequence" else [decoder]
+    if [m.get("type") for m in members if isinstance(m, dict)] != ["ByteLevel"]:
+        raise CheckpointError(f"{path}: decoder: found {kind}, allowed: ByteLevel")
+
+
+def _mask_id(folder: Path) -> int | None:
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    raw = read_json(folder / CONFIG_FILE)
+    listed = raw.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed else None
+    given = raw.get("mask_token_id")
+    if given is None and isinstance(name, str) and name in SUPPORTED:
+        return SUPPORTED[name].mask_token_id
+    return given if type(given) is int else None
+
+
+def _without_mask(path: Path, data: dict[str, Any], mask_id: int | None, added: Mapping[int, str]) -> FastTokenizer:
+    """The library's tokenizer with the mask forgotten, so that its text is split like any other."""
+    vocabulary = data.get("model", {}).get("vocab")
+    if mask_id is not None and mask_id in added:
+        data["added_tokens"] = [t for t in data["added_tokens"] if t["id"] != mask_id]
+        if isinstance(vocabulary, dict) and vocabulary.get(added[mask_id]) == mask_id:
+            del vocabulary[added[mask_id]]
+    elif mask_id is not None and isinstance(vocabulary, dict) and mask_id in vocabulary.values():
+        raise CheckpointError(f"{path}: the mask id {mask_id} is an ordinary piece of text, allowed: an added token")
+    try:
+        return FastTokenizer.from_str(json.dumps(data))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path}: cannot be loaded: {error}") from None
+
+
+def _named_specials(settings: Mapping[str, Any]) -> dict[str, str]:
+    named = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = settings.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            named[name] = text
+    return named
+
+
+def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _raise(message: str) -> NoReturn:
+    raise TemplateError(message)

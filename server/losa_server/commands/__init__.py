@@ -1,0 +1,1 @@
+"""One file per subcommand of `losa`: its options and what it does."""

@@ -1,0 +1,56 @@
+"""The specification of a block-causal model: transformers' Qwen3 under a dense 4-D mask, and a dense `attend`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losa_runtime.models.model import AttendFn
+
+
+def sees(length: int, block: int) -> Tensor:
+    """Boolean [T, T]: row i may read column j, that is block(j) <= block(i)."""
+    number = torch.arange(length) // block
+    return number[:, None] >= number[None, :]
+
+
+def dense_attend(block: int) -> AttendFn:
+    """Block-causal attention by explicit softmax, one head after another."""
+
+    def attend(layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+        visible = sees(q_THD.shape[0], block)
+        share = q_THD.shape[1] // k_TGD.shape[1]
+        heads = []
+        for h in range(q_THD.shape[1]):
+            scores = q_THD[:, h].double() @ k_TGD[:, h // share].double().T / q_THD.shape[2] ** 0.5
+            weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+            heads.append(weights @ v_TGD[:, h // share].double())
+        return torch.stack(heads, dim=1).to(q_THD.dtype)
+
+    return attend
+
+
+def transformers_logits(folder: Path, tokens: Tensor, block: int, rope: dict[str, Any] | None = None) -> Tensor:
+    """Logits float32 [T, V] of transformers' Qwen3ForCausalLM with the checkpoint's weights and a block-causal mask."""
+    import json
+
+    from safetensors.torch import load_file
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    raw = json.loads((folder / "config.json").read_text())
+    theta = raw.pop("rope_theta")
+    raw.pop("rope_scaling", None)
+    raw = {k: v for k, v in raw.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}
+    parameters = {"rope_type": "default", **(rope or {}), "rope_theta": theta}
+    config = Qwen3Config(**raw, rope_parameters=parameters, attn_implementation="eager")
+    model = Qwen3ForCausalLM(config).eval().float()
+    tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    missing, unexpected = model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    additive = torch.zeros(tokens.shape[0], tokens.shape[0]).masked_fill(~sees(tokens.shape[0], block), float("-inf"))
+    with torch.no_grad():
+        return model(input_ids=tokens[None], attention_mask=additive[None, None], use_cache=False).logits[0]

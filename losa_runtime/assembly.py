@@ -1,0 +1,217 @@
+"""Builds an engine's parts from its configuration and settles every `auto`, with a log line for each choice.
+
+Knows which class goes where, and nothing of requests or rounds.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import psutil
+import torch
+
+import losa_runtime
+from losa_runtime.attention.backend import BackendConfig, make_backend
+from losa_runtime.cache.kv_pool import KVPool
+from losa_runtime.cache.prefix_cache import PrefixCache
+from losa_runtime.core.config import DType, EngineConfig
+from losa_runtime.core.errors import ConfigError
+from losa_runtime.core.model_config import ModelConfig
+from losa_runtime.core.sampling_params import DiffusionParams
+from losa_runtime.decoding.registry import ALGORITHMS
+from losa_runtime.decoding.registry import resolve as resolve_decoding
+from losa_runtime.models.locate import locate_checkpoint
+from losa_runtime.models.model import load_model
+from losa_runtime.runner.model_runner import ModelRunner
+from losa_runtime.runner.unmask import Unmasker
+from losa_runtime.sparse.method import METHODS, Geometry, declared_summaries, make_methods
+from losa_runtime.sparse.method import resolve as resolve_sparse
+from losa_runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# On a CPU the pool is zeroed and shares memory with everything else: auto stops at this many longest requests.
+CPU_POOL_CONTEXTS = 8
+
+
+class Parts(NamedTuple):
+    """What an engine is made of. context_length: prompt + output of one request, a multiple of the block length."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    cache: PrefixCache
+    runner: ModelRunner
+    geometry: Geometry
+    context_length: int
+    eos_token_ids: frozenset[int]
+    folder: str
+    tokenizer_folder: str
+
+    def info(self) -> dict[str, object]:
+        """Facts about the engine, JSON-able."""
+        pool, model, config = self.runner.backend.pool, self.model_config, self.config
+        return {
+            "model_path": self.folder,
+            "tokenizer_path": self.tokenizer_folder,
+            "served_model_name": config.served_model_name or config.model,
+            "architecture": model.architecture,
+            "parameters": sum(p.numel() for p in self.runner.model.parameters()),
+            "vocab_size": self.tokenizer.vocab_size,
+            "block_length": model.block_length,
+            "mask_token_id": model.mask_token_id,
+            "context_length": self.context_length,
+            "device": str(pool.device),
+            "dtype": str(next(self.runner.model.parameters()).dtype).removeprefix("torch."),
+            "kv_cache_dtype": str(pool.dtype).removeprefix("torch."),
+            "attention_backend": type(self.runner.backend).__name__,
+            "page_size": pool.page_size,
+            "max_total_tokens": pool.num_pages * pool.page_size,
+            "kv_pool_bytes": pool.num_pages * _page_bytes(model, pool.page_size, pool.dtype),
+            "max_running_requests": config.max_running_requests,
+            "chunked_prefill_size": config.chunked_prefill_size,
+            "radix_cache": self.cache.reuse,
+            "fused_commit": not config.disable_fused_commit,
+            "sparse_method": config.sparse_method,
+            "sparse_methods": list(METHODS),
+            "token_budget": config.token_budget,
+            "algorithm": config.algorithm,
+            "algorithms": list(ALGORITHMS),
+            "threshold": config.threshold,
+            "version": losa_runtime.__version__,
+            "torch_version": torch.__version__,
+        }
+
+
+def assemble(config: EngineConfig) -> Parts:
+    """Load and connect everything. Raises ConfigError or CheckpointError before any large allocation, where it can."""
+    folder = locate_checkpoint(config.model, show_progress=config.show_progress)
+    tokenizer_folder = folder if config.tokenizer is None else locate_checkpoint(config.tokenizer, weights=False)
+    model_config = ModelConfig.from_folder(
+        folder,
+        block_length=config.block_length,
+        mask_token_id=config.mask_token_id,
+        rope_scaling=config.rope_scaling,
+    )
+    tokenizer = Tokenizer(tokenizer_folder)
+    device = _device(config)
+    dtype = _dtype("dtype", config.dtype, torch.float32 if device.type == "cpu" else getattr(torch, model_config.dtype))
+    kv_dtype = _dtype("kv_cache_dtype", config.kv_cache_dtype, dtype)
+    context_length = _context_length(config, model_config)
+    geometry = Geometry(
+        num_layers=model_config.num_layers,
+        num_heads=model_config.num_heads,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        block_length=model_config.block_length,
+        page_size=config.page_size,
+        max_slots=config.max_running_requests,
+        device=device,
+    )
+    # Wrong defaults are found here and never meet a request.
+    resolve_sparse(DiffusionParams(), config, geometry)
+    resolve_decoding(DiffusionParams(), config, model_config.block_length)
+    backend_config = BackendConfig(
+        device=device,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        num_heads=model_config.num_heads,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        page_size=config.page_size,
+        block_length=model_config.block_length,
+    )
+    model = load_model(folder, model_config, dtype, device, config.show_progress)
+    num_pages = _num_pages(config, model_config, kv_dtype, device, context_length)
+    pool = KVPool(
+        num_layers=model_config.num_layers,
+        num_pages=num_pages,
+        num_kv_heads=model_config.num_kv_heads,
+        page_size=config.page_size,
+        head_dim=model_config.head_dim,
+        dtype=kv_dtype,
+        device=device,
+        summaries=declared_summaries(),
+    )
+    backend = make_backend(config.attention_backend, backend_config, pool)
+    unmasker = Unmasker(model, model_config.mask_token_id, tokenizer.vocab_size, model_config.block_length)
+    eos = model_config.eos_token_ids or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+    return Parts(
+        config=config,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        cache=PrefixCache(num_pages, config.page_size, model_config.block_length, not config.disable_radix_cache),
+        runner=ModelRunner(model, backend, make_methods(geometry), unmasker, device),
+        geometry=geometry,
+        context_length=context_length,
+        eos_token_ids=frozenset(eos),
+        folder=str(folder.resolve()),
+        tokenizer_folder=str(tokenizer_folder.resolve()),
+    )
+
+
+def _device(config: EngineConfig) -> torch.device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        logger.info("device auto: %s", name)
+    elif name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: found 'cuda', but torch sees no GPU; allowed here: cpu")
+    return torch.device(name)
+
+
+def _dtype(option: str, wanted: DType, default: torch.dtype) -> torch.dtype:
+    if wanted == "auto":
+        logger.info("%s auto: %s", option, default)
+        return default
+    chosen: torch.dtype = getattr(torch, wanted)
+    return chosen
+
+
+def _context_length(config: EngineConfig, model: ModelConfig) -> int:
+    """Whole blocks, at most what the position encoding covers."""
+    limit = model.max_context - model.max_context % model.block_length
+    wanted = config.context_length
+    if wanted is None:
+        logger.info("context_length auto: %d", limit)
+        return limit
+    if wanted > limit:
+        raise ConfigError(f"context_length: found {wanted}, allowed: at most {limit} (rope_scaling stretches it)")
+    if wanted < model.block_length:
+        raise ConfigError(f"context_length: found {wanted}, allowed: at least one block of {model.block_length}")
+    return wanted - wanted % model.block_length
+
+
+def _page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+    return KVPool.bytes_per_page(
+        model.num_layers, model.num_kv_heads, page_size, model.head_dim, dtype, declared_summaries()
+    )
+
+
+def _num_pages(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, context_length: int
+) -> int:
+    """Pages of the pool: as asked, else a share of the memory that is free now."""
+    page_bytes = _page_bytes(model, config.page_size, dtype)
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    least = -(-model.block_length // config.page_size) * 2
+    if config.max_total_tokens is not None:
+        pages = config.max_total_tokens // config.page_size
+        if pages < least:
+            allowed = f"at least {least * config.page_size}"
+            raise ConfigError(f"max_total_tokens: found {config.max_total_tokens}, allowed: {allowed}")
+        if pages * page_bytes > free:
+            raise ConfigError(
+                f"max_total_tokens: found {config.max_total_tokens} ({pages * page_bytes >> 20} MiB), "
+                f"allowed: at most {free // page_bytes * config.page_size} with {free >> 20} MiB free"
+            )
+        return pages
+    pages = int(free * config.mem_fraction) // page_bytes
+    if device.type == "cpu":
+        requests = min(CPU_POOL_CONTEXTS, config.max_running_requests)
+        pages = min(pages, -(-requests * context_length // config.page_size))
+    if pages < least:
+        raise ConfigError(f"mem_fraction: found {config.mem_fraction}, too little for a page pool ({free >> 20} MiB free)")
+    logger.info("max_total_tokens auto: %d (%d MiB)", pages * config.page_size, pages * page_bytes >> 20)
+    return pages

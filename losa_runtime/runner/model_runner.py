@@ -1,0 +1,75 @@
+"""Runs one round: ragged tensors from work items, one forward, decisions per block segment.
+
+The only room that knows model, methods, backend and decoding at once. Knows no queue and no page allocation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.core.batch import ForwardBatch, Segment
+from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem
+from losa_runtime.models.model import BlockDiffusionModel
+from losa_runtime.runner.unmask import Unmasker
+from losa_runtime.sparse.attend import SparseAttend
+from losa_runtime.sparse.density import SegmentReport
+from losa_runtime.sparse.method import SparseMethod
+
+
+class ModelRunner:
+    """A model with its attention backend (which holds the page pool), its sparse methods and its sampler."""
+
+    def __init__(
+        self,
+        model: BlockDiffusionModel,
+        backend: AttentionBackend,
+        methods: Mapping[str, SparseMethod],
+        unmasker: Unmasker,
+        device: torch.device,
+    ) -> None:
+        self.model, self.backend, self.methods = model, backend, methods
+        self._unmasker, self._device = unmasker, device
+
+    @torch.inference_mode()
+    def run(self, work: Round) -> list[BlockResult]:
+        """One forward over the round's segments; one result per block segment, in order."""
+        for method in self.methods.values():
+            for slot in work.released:
+                method.release(slot)
+        batch = self._batch(work.items)
+        attend = SparseAttend(self.backend, self.methods, batch)
+        hidden_TC = self.model(batch.tokens_T, batch.positions_T, attend)
+        blocks = [item for item in work.items if not item.mode.stores]
+        results = self._unmasker(blocks, hidden_TC[batch.stored :])
+        reports = attend.report()
+        return [r._replace(cost=_cost(report)) for r, report in zip(results, reports, strict=True)]
+
+    def _batch(self, items: Sequence[WorkItem]) -> ForwardBatch:
+        segments: list[Segment] = []
+        locations: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+        page_size = self.backend.pool.page_size
+        row = 0
+        for item in items:
+            stop = row + item.tokens.size
+            pages = torch.from_numpy(item.pages).to(self._device)
+            segments.append(Segment(item.mode, row, stop, item.start, pages, item.slot, item.step, item.sparse))
+            if item.mode.stores:
+                positions = np.arange(item.start, item.start + item.tokens.size)
+                locations.append(item.pages[positions // page_size] * page_size + positions % page_size)
+            row = stop
+        positions_T = np.concatenate([np.arange(i.start, i.start + i.tokens.size) for i in items])
+        return ForwardBatch(
+            tokens_T=torch.from_numpy(np.concatenate([i.tokens for i in items])).to(self._device),
+            positions_T=torch.from_numpy(positions_T).to(self._device),
+            segments=tuple(segments),
+            locations=torch.from_numpy(np.concatenate(locations)).to(self._device),
+            block_length=self.model.config.block_length,
+        )
+
+
+def _cost(report: SegmentReport) -> SegmentCost:
+    return SegmentCost(report.kv_density, report.kv_density_q, report.active_rows, report.dense)

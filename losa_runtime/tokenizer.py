@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -109,7 +110,15 @@ class Tokenizer:
         names = {**self._named, "add_generation_prompt": add_generation_prompt, **kwargs}
         try:
             return self._template.render(messages=messages, **names)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             allowed = f"what the checkpoint's chat template can render ({error})"
             raise InvalidRequest("messages", messages, allowed) from None
 
@@ -180,18 +189,28 @@ def _mask_id(folder: Path) -> int | None:
 
 
 def _without_mask(path: Path, data: dict[str, Any], mask_id: int | None, added: Mapping[int, str]) -> FastTokenizer:
-    """The library's tokenizer with the mask forgotten, so that its text is split like any other."""
+    """The library's tokenizer with the mask's text out of reach, so that the text is split like any other.
+
+    The token is renamed, not removed: the library numbers added tokens by counting, so a gap would move later ids.
+    The new name is random, so that no prompt can contain it.
+    """
     vocabulary = data.get("model", {}).get("vocab")
+    unreachable = f"<{secrets.token_hex(16)}>"
     if mask_id is not None and mask_id in added:
-        data["added_tokens"] = [t for t in data["added_tokens"] if t["id"] != mask_id]
         if isinstance(vocabulary, dict) and vocabulary.get(added[mask_id]) == mask_id:
-            del vocabulary[added[mask_id]]
+            vocabulary[unreachable] = vocabulary.pop(added[mask_id])
+        data["added_tokens"] = [t | {"content": unreachable} if t["id"] == mask_id else t for t in data["added_tokens"]]
     elif mask_id is not None and isinstance(vocabulary, dict) and mask_id in vocabulary.values():
         raise CheckpointError(f"{path}: the mask id {mask_id} is an ordinary piece of text, allowed: an added token")
     try:
-        return FastTokenizer.from_str(json.dumps(data))
+        fast = FastTokenizer.from_str(json.dumps(data))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{path}: cannot be loaded: {error}") from None
+    for token_id, text in added.items():
+        found = fast.token_to_id(unreachable if token_id == mask_id else text)
+        if found != token_id:
+            raise CheckpointError(f"{path}: added_tokens: {text!r} has id {token_id}, but is loaded as {found}")
+    return fast
 
 
 def _named_specials(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from losa_runtime.models.model import AttendFn
@@ -35,9 +37,6 @@ def dense_attend(block: int) -> AttendFn:
 
 def transformers_logits(folder: Path, tokens: Tensor, block: int, rope: dict[str, Any] | None = None) -> Tensor:
     """Logits float32 [T, V] of transformers' Qwen3ForCausalLM with the checkpoint's weights and a block-causal mask."""
-    import json
-
-    from safetensors.torch import load_file
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     raw = json.loads((folder / "config.json").read_text())
@@ -45,7 +44,8 @@ def transformers_logits(folder: Path, tokens: Tensor, block: int, rope: dict[str
     raw.pop("rope_scaling", None)
     raw = {k: v for k, v in raw.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}
     parameters = {"rope_type": "default", **(rope or {}), "rope_theta": theta}
-    config = Qwen3Config(**raw, rope_parameters=parameters, attn_implementation="eager")
+    config = Qwen3Config(**raw, rope_parameters=parameters)
+    config._attn_implementation = "eager"
     model = Qwen3ForCausalLM(config).eval().float()
     tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
     missing, unexpected = model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)

@@ -1,0 +1,57 @@
+"""Where K/V lies: storing rows into pages, gathering them back, summarising the keys of a page.
+
+A cache tensor is [P, G, page_size, D] in head-major pages: K and V are two such tensors.
+P pages, G KV heads, D head dim, T rows, n gathered positions, E lists, U touched pages.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def store_rows(cache: Tensor, rows_TGD: Tensor, locations_T: Tensor) -> None:
+    """Write rows at page * page_size + offset, rounding to the cache's dtype. Locations are distinct."""
+    page_size = cache.shape[2]
+    cache[locations_T // page_size, :, locations_T % page_size] = rows_TGD.to(cache.dtype)
+
+
+def gather_pages(cache: Tensor, pages_n: Tensor) -> Tensor:
+    """Whole pages in the given order: [G, n * page_size, D], in the cache's dtype."""
+    num_heads, page_size, dim = cache.shape[1:]
+    tile = pages_n * num_heads + torch.arange(num_heads, device=cache.device)[:, None]
+    tiles = cache.view(-1, page_size, dim).index_select(0, tile.flatten())
+    return tiles.view(num_heads, -1, dim)
+
+
+def gather_positions(cache: Tensor, pages: Tensor, positions_En: Tensor, heads_E: Tensor) -> Tensor:
+    """Single positions of one request: [E, n, D], where list e reads KV head heads_E[e].
+
+    pages: the request's page table; a position p lies in pages[p // page_size].
+    """
+    num_heads, page_size, dim = cache.shape[1:]
+    row = (pages[positions_En // page_size] * num_heads + heads_E[:, None]) * page_size + positions_En % page_size
+    return cache.view(-1, dim).index_select(0, row.flatten()).view(*positions_En.shape, dim)
+
+
+def touched_pages(locations_T: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """The pages that a store touches and how many of their leading offsets are filled after it: int64 [U], [U].
+
+    A request fills a page from offset 0 upwards, so whatever lies behind the last stored offset is of an earlier user.
+    """
+    pages_U, which_T = torch.unique(locations_T // page_size, return_inverse=True)
+    filled_U = torch.zeros_like(pages_U)
+    filled_U.scatter_reduce_(0, which_T, locations_T % page_size + 1, "amax")
+    return pages_U, filled_U
+
+
+def key_bounds(keys_UGSD: Tensor, filled_U: Tensor) -> Tensor:
+    """Channel-wise bounds over the filled part of each page: [U, G, 2, D], index 0 the maximum, 1 the minimum.
+
+    Equal in dtype to the stored keys, hence exact (QUEST, arXiv 2406.10774, section 3). filled_U >= 1.
+    """
+    offset = torch.arange(keys_UGSD.shape[2], device=keys_UGSD.device)
+    empty = (offset >= filled_U[:, None])[:, None, :, None]
+    top = keys_UGSD.masked_fill(empty, -torch.inf).amax(2)
+    bottom = keys_UGSD.masked_fill(empty, torch.inf).amin(2)
+    return torch.stack((top, bottom), dim=2)

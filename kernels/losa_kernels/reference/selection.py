@@ -1,0 +1,72 @@
+"""Which pages and which rows: page bounds, top-k, union over rows, query change, active rows.
+
+Every choice breaks ties towards the lowest index, so that a result never depends on a sorting routine or on padding.
+R query rows, H query heads, G KV heads, D head dim, P pages, S segments, B block length.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def page_scores(q_RHD: Tensor, bounds_PG2D: Tensor) -> Tensor:
+    """Upper bound of q . k over the keys of each page, unscaled: float32 [R, H, P] (QUEST, arXiv 2406.10774, eq. 1).
+
+    max(q m, q M) per channel is q+ M + q- m, so the bound is one matrix product [q+, q-] . [M; m] per KV head.
+    bounds_PG2D: as `key_bounds` gives them, maximum first.
+    """
+    rows, heads, dim = q_RHD.shape
+    pages, groups = bounds_PG2D.shape[:2]
+    q_GXD = q_RHD.float().view(rows, groups, -1, dim).transpose(0, 1).reshape(groups, -1, dim)
+    halves = torch.cat((q_GXD.clamp(min=0.0), q_GXD.clamp(max=0.0)), dim=-1)
+    bounds = bounds_PG2D.float().permute(1, 2, 3, 0).reshape(groups, 2 * dim, pages)
+    scores = (halves @ bounds).view(groups, rows, heads // groups, pages)
+    return scores.transpose(0, 1).reshape(rows, heads, pages)
+
+
+def share_scores(scores_RHP: Tensor, groups: int, share: Literal["max", "mean"] = "max") -> Tensor:
+    """One score per KV head from those of its query heads: [R, groups, P]."""
+    rows, heads, pages = scores_RHP.shape
+    grouped = scores_RHP.view(rows, groups, heads // groups, pages)
+    return grouped.amax(2) if share == "max" else grouped.mean(2)
+
+
+def top_pages(scores_RGP: Tensor, count_R: Tensor) -> Tensor:
+    """The count_R[r] best pages of each row and head: bool [R, G, P]. Padding is -inf; 1 <= count <= real pages."""
+    most = int(count_R.max())
+    best = torch.topk(scores_RGP, most, dim=-1).values
+    last = (count_R - 1)[:, None, None].expand(*scores_RGP.shape[:2], 1)
+    bar = best.gather(-1, last)
+    above, level = scores_RGP > bar, scores_RGP == bar
+    room = count_R[:, None, None] - above.sum(-1, keepdim=True)
+    return above | (level & (level.cumsum(-1) <= room))
+
+
+def union_rows(chosen_RGP: Tensor, segment_R: Tensor, segments: int) -> Tensor:
+    """What any row of a segment chose: bool [segments, G, P]; segments without rows get nothing."""
+    votes = torch.zeros(segments, *chosen_RGP.shape[1:], dtype=torch.int32, device=chosen_RGP.device)
+    return votes.index_add_(0, segment_R, chosen_RGP.to(torch.int32)) > 0
+
+
+def query_change(now_SBHD: Tensor, before_SBHD: Tensor) -> Tensor:
+    """Mean squared difference of each token's query over all heads and channels: float32 [S, B].
+
+    A rotation of both queries leaves it as it is, so it may be taken before or after RoPE.
+    """
+    return (now_SBHD.float() - before_SBHD.float()).square().mean(dim=(-1, -2))
+
+
+def active_rows(change_SB: Tensor, count_S: Tensor, tau_S: Tensor) -> Tensor:
+    """The most changed rows of each segment: bool [S, B].
+
+    A row is active if it is among the count_S[s] most changed ones, or if the rows above it hold less than the share
+    tau_S[s] of the segment's total change. count 0 and tau 0 switch their rule off.
+    """
+    ordered, order = torch.sort(change_SB, dim=-1, descending=True, stable=True)
+    rank = torch.arange(change_SB.shape[1], device=change_SB.device)
+    above = ordered.cumsum(-1) - ordered
+    picked = (rank < count_S[:, None]) | (above < tau_S[:, None] * ordered.sum(-1, keepdim=True))
+    return torch.zeros_like(picked).scatter_(1, order, picked)

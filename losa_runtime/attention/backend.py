@@ -1,0 +1,208 @@
+"""How attention is computed: what a backend is asked, what it answers, and the table of backends.
+
+A backend sees groups of segments and page lists. It does not know why a list was chosen, nor any request.
+T rows of the batch, R rows of a group, S segments, B block length, H query heads, G KV heads, D head dim, P pages.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from losa_runtime.cache.kv_pool import KVPool
+from losa_runtime.core.batch import Segment
+from losa_runtime.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, str] = {"torch": "losa_runtime.attention.torch_backend:TorchBackend"}
+
+
+class AttnState(NamedTuple):
+    """Attention over some keys: out normalised, lse natural and float32. No keys: out 0, lse -inf."""
+
+    out_RHD: Tensor
+    lse_RH: Tensor
+
+
+class ScoreKind(Enum):
+    """What a score says of a granule of the prefix."""
+
+    BOUND = "bound"  # an upper bound of q . k over its keys, from Summary.KEY_BOUNDS
+
+
+class KVIndices(NamedTuple):
+    """Which granules of the prefix are read, as lists in CSR form.
+
+    indptr: int64 [E + 1]; list e is indices[indptr[e] : indptr[e + 1]]: granule numbers inside the request's prefix,
+    sorted and unique. The lists are ordered by owner, then head. An owner is a segment of the group, or with `per_row`
+    a row of the plan; heads is G (one list per KV head, shared by its query heads) or H.
+    whole: per segment, True = read the whole prefix instead; its lists are empty.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    heads: int
+    whole: tuple[bool, ...]
+    per_row: bool = False
+
+    @classmethod
+    def from_mask(cls, chosen_SGP: Tensor, whole: tuple[bool, ...]) -> KVIndices:
+        """Lists per segment and head from a bool mask; rows of the mask for whole segments are empty."""
+        ends = chosen_SGP.sum(-1).flatten().cumsum(0)
+        indptr = torch.cat((ends.new_zeros(1), ends))
+        return cls(indptr, chosen_SGP.nonzero()[:, -1], chosen_SGP.shape[1], whole)
+
+
+class PrefixPlan(NamedTuple):
+    """The question a sparse method puts to a backend.
+
+    rows: int64, sorted rows of the group whose prefix attention is computed; None = all, empty = none.
+    kv: what they read; None = the whole prefix. granule: tokens per index of `kv`.
+    scored: per segment, True where choosing `kv` read the page summaries (None = nowhere). For the record only.
+    """
+
+    rows: Tensor | None = None
+    kv: KVIndices | None = None
+    granule: int = 1
+    scored: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """Segments whose rows are computed together. Tensors given beside a group hold its rows and no others, in order.
+
+    where: the place of the rows in the batch. counts: rows per segment (B for a block segment).
+    """
+
+    segments: tuple[Segment, ...]
+    where: slice | Tensor
+    counts: tuple[int, ...]
+    block_length: int
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], block_length: int, device: torch.device) -> RowGroup:
+        """The group of these segments; neighbours in the batch are taken by a view instead of a copy."""
+        counts = tuple(segment.stop - segment.start for segment in segments)
+        assert segments and all(count > 0 and count % block_length == 0 for count in counts)
+        where: slice | Tensor
+        if all(left.stop == right.start for left, right in pairwise(segments)):
+            where = slice(segments[0].start, segments[-1].stop)
+        else:
+            spans = [torch.arange(segment.start, segment.stop) for segment in segments]
+            where = torch.cat(spans).to(device)
+        return cls(tuple(segments), where, counts, block_length)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First row of each segment inside the group."""
+        return (0, *accumulate(self.counts[:-1]))
+
+    @property
+    def prefix_lens(self) -> tuple[int, ...]:
+        """Committed tokens before each segment."""
+        return tuple(segment.prefix_len for segment in self.segments)
+
+    def take(self, x_T: Tensor) -> Tensor:
+        """The group's rows of a tensor over the batch."""
+        return x_T[self.where]
+
+    def put(self, into_T: Tensor, x_R: Tensor) -> None:
+        """Write the group's rows into a tensor over the batch, rounding to its dtype."""
+        into_T[self.where] = x_R.to(into_T.dtype)
+
+
+class BackendConfig(NamedTuple):
+    """What a backend is asked to serve. dtype: of q, k, v; kv_dtype: of the pages."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    block_length: int
+
+
+class AttentionBackend(ABC):
+    """Attention over one page pool. The softmax scale is fixed for the life of the backend.
+
+    A segment's result is computed from its own rows and pages alone: the same bits alone or in company.
+    """
+
+    def __init__(self, pool: KVPool, num_heads: int, scale: float | None = None) -> None:
+        assert num_heads % pool.num_kv_heads == 0
+        self.pool, self.num_heads = pool, num_heads
+        self.scale = pool.head_dim**-0.5 if scale is None else scale
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, config: BackendConfig) -> str | None:
+        """None, or the reason why this backend cannot serve `config`."""
+
+    @abstractmethod
+    def store_kv(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, locations_T: Tensor) -> None:
+        """Write the K/V of store rows and bring the declared summaries of the touched pages up to date.
+
+        locations_T: page * page_size + offset. A summary covers exactly the offsets up to the last one stored.
+        """
+
+    @abstractmethod
+    def prefill(self, layer: int, q_RHD: Tensor, group: RowGroup) -> Tensor:
+        """Block-causal attention of stored rows, read from the pages: out [R, H, D].
+
+        Also a row's own block is read as it was stored, so that the result is the same however the prompt is cut.
+        """
+
+    @abstractmethod
+    def prefix(self, layer: int, q_RHD: Tensor, plan: PrefixPlan, group: RowGroup) -> AttnState:
+        """Attention of the planned rows to what the plan lists of their prefixes: float32, in the order of the rows."""
+
+    @abstractmethod
+    def block(self, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup) -> AttnState:
+        """Bidirectional attention of each block to itself, float32. Every segment of the group is one block."""
+
+    @abstractmethod
+    def merge(self, a: AttnState, b: AttnState) -> Tensor:
+        """Attention over the keys of both, which are disjoint: out [R, H, D] float32."""
+
+    @abstractmethod
+    def kv_scores(
+        self, layer: int, q_RHD: Tensor, rows: Tensor, kind: ScoreKind, granule: int, group: RowGroup
+    ) -> Tensor:
+        """Scores of the prefix granules for some rows and all query heads: float32 [len(rows), H, P].
+
+        rows: int64, sorted rows of the group. P is the most granules of any scored segment; padding is -inf.
+        """
+
+
+def backend_class(name: str) -> type[AttentionBackend]:
+    """The backend of that name. Raises ConfigError."""
+    if name not in BACKENDS:
+        raise ConfigError(f"attention_backend: found {name!r}, allowed: {', '.join(BACKENDS)}")
+    module, _, member = BACKENDS[name].partition(":")
+    found = getattr(importlib.import_module(module), member)
+    assert issubclass(found, AttentionBackend)
+    return found
+
+
+def make_backend(name: str, config: BackendConfig, pool: KVPool, scale: float | None = None) -> AttentionBackend:
+    """Build the backend called `name`. Raises ConfigError with the backend's reason if it cannot serve `config`."""
+    if name == "auto":
+        name = "torch"
+        logger.info("attention_backend auto: %s", name)
+    cls = backend_class(name)
+    reason = cls.supports(config)
+    if reason is not None:
+        raise ConfigError(f"attention_backend: {name!r} cannot serve this model: {reason}")
+    return cls(pool, config.num_heads, scale)

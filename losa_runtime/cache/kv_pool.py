@@ -1,0 +1,93 @@
+"""The memory of the K/V pages: one K and one V tensor per layer, and the summaries that sparse methods declare.
+
+Knows nothing of which page is free or whose it is (`page_pool`), nor how pages are read or written (`attention`).
+P pages, G KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class Summary(Enum):
+    """What is kept per page and KV head beside the keys. The value is the number of D-vectors it takes."""
+
+    KEY_BOUNDS = 2  # channel-wise maximum, then minimum, of the stored keys
+
+
+class KVPool:
+    """Storage for `num_pages` pages, allocated at once and zeroed, so that nothing undefined is ever read.
+
+    K/V are [P, G, page_size, D] in `dtype`: a view [P * G, 1, page_size, D] makes page lists per KV head ordinary
+    page lists. Summaries have the dtype of the keys, because the bounds of stored keys are stored keys.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        num_kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        summaries: frozenset[Summary] = frozenset(),
+    ) -> None:
+        assert min(num_layers, num_pages, num_kv_heads, page_size, head_dim) > 0
+        self.num_layers, self.num_pages = num_layers, num_pages
+        self.num_kv_heads, self.page_size, self.head_dim = num_kv_heads, page_size, head_dim
+        self.dtype, self.device, self.summaries = dtype, torch.device(device), summaries
+        shape = (num_pages, num_kv_heads, page_size, head_dim)
+        self._k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._summary = {
+            kind: [torch.zeros(num_pages, num_kv_heads, kind.value, head_dim, dtype=dtype, device=device)
+                   for _ in range(num_layers)]
+            for kind in summaries
+        }  # fmt: skip
+
+    def k(self, layer: int) -> Tensor:
+        """Keys of a layer, [P, G, page_size, D]."""
+        return self._k[layer]
+
+    def v(self, layer: int) -> Tensor:
+        """Values of a layer, [P, G, page_size, D]."""
+        return self._v[layer]
+
+    def summary(self, layer: int, kind: Summary) -> Tensor:
+        """A declared summary of a layer, [P, G, kind.value, D]. Meaningful only for pages that hold stored keys."""
+        return self._summary[kind][layer]
+
+    @property
+    def summary_vectors(self) -> int:
+        """D-vectors of summary per page and KV head."""
+        return sum(kind.value for kind in self.summaries)
+
+    @staticmethod
+    def bytes_per_page(
+        num_layers: int,
+        num_kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        summaries: frozenset[Summary] = frozenset(),
+    ) -> int:
+        """Bytes that one page takes over all layers: K, V and the summaries."""
+        vectors = 2 * page_size + sum(kind.value for kind in summaries)
+        return num_layers * num_kv_heads * vectors * head_dim * dtype.itemsize
+
+    @staticmethod
+    def bytes_per_token(
+        num_layers: int,
+        num_kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        summaries: frozenset[Summary] = frozenset(),
+    ) -> int:
+        """`bytes_per_page` per token, rounded up."""
+        page = KVPool.bytes_per_page(num_layers, num_kv_heads, page_size, head_dim, dtype, summaries)
+        return -(-page // page_size)

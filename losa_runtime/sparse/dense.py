@@ -1,0 +1,19 @@
+"""Dense attention as a method: every row reads the whole prefix in every step. The yardstick of all the others."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from losa_runtime.attention.backend import AttentionBackend, PrefixPlan
+from losa_runtime.sparse.method import DenoiseStep, SparseMethod
+
+
+class Dense(SparseMethod):
+    """Exact block diffusion, without state."""
+
+    has_budget: ClassVar[bool] = False
+
+    def plan(self, layer: int, q_RHD: Tensor, step: DenoiseStep, backend: AttentionBackend) -> PrefixPlan:
+        return PrefixPlan()

@@ -1,0 +1,102 @@
+"""Counting what a forward read of its prefixes, per segment. Counts stay on the device until they are asked for.
+
+S segments, B block length, G KV heads, H query heads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from losa_runtime.attention.backend import KVIndices, PrefixPlan, RowGroup
+from losa_runtime.cache.kv_pool import KVPool
+from losa_runtime.core.batch import Segment
+
+
+class SegmentReport(NamedTuple):
+    """What one block segment read in one forward; means are over layers and heads.
+
+    kv_density: share of prefix positions loaded per KV head (the union over rows and over the heads of the group).
+    kv_density_q: the same per query head, before the union over the group. An empty prefix that was to be read whole
+    counts as 1. active_rows: rows whose prefix attention was computed. dense: every row read the whole prefix in every
+    layer. bypassed: no selection took place because the budget covers the prefix.
+    kv_bytes: prefix K/V loaded; metadata_bytes: page summaries loaded; both over all layers.
+    """
+
+    segment: Segment
+    kv_density: float
+    kv_density_q: float
+    active_rows: float
+    dense: bool
+    bypassed: bool
+    kv_bytes: int
+    metadata_bytes: int
+
+
+class PrefixMeter:
+    """Adds up the plans of one group over the layers of one forward."""
+
+    def __init__(self, group: RowGroup, whole: tuple[bool, ...], pool: KVPool, num_heads: int) -> None:
+        self._group, self._whole, self._pool, self._num_heads = group, whole, pool, num_heads
+        segments = len(group.segments)
+        self._layers = 0
+        self._dense = [True] * segments
+        self._scored = [0] * segments
+        self._counts_3S = torch.zeros(3, segments, dtype=torch.float64, device=pool.device)
+        self._prefix_S = torch.tensor(group.prefix_lens, device=pool.device)
+
+    def add(self, plan: PrefixPlan) -> None:
+        """Count one layer."""
+        self._layers += 1
+        group, segments = self._group, len(self._group.segments)
+        whole = (True,) * segments if plan.kv is None else plan.kv.whole
+        for index in range(segments):
+            self._dense[index] &= plan.rows is None and whole[index]
+            self._scored[index] += plan.scored is not None and plan.scored[index]
+        if plan.rows is None:
+            rows_S = torch.full_like(self._prefix_S, group.block_length)
+        else:
+            rows_S = torch.bincount(plan.rows // group.block_length, minlength=segments)
+        read_whole = torch.tensor(whole, device=rows_S.device) & (rows_S > 0)
+        share_S = read_whole.double()
+        share_q, share_kv = share_S, share_S
+        if plan.kv is not None and plan.kv.indices.shape[0]:
+            share_q = share_S + self._listed(plan.kv, plan, self._num_heads)
+            share_kv = share_S + self._listed(plan.kv, plan, self._pool.num_kv_heads)
+        self._counts_3S += torch.stack((share_kv, share_q, rows_S.double()))
+
+    def report(self) -> list[SegmentReport]:
+        """One entry per segment of the group, in its order."""
+        counts = (self._counts_3S / max(self._layers, 1)).tolist()
+        return [self._one(index, *(row[index] for row in counts)) for index in range(len(self._group.segments))]
+
+    def _one(self, index: int, kv_density: float, kv_density_q: float, active: float) -> SegmentReport:
+        segment, pool = self._group.segments[index], self._pool
+        vector = pool.num_kv_heads * pool.head_dim * pool.dtype.itemsize
+        kv_bytes = round(kv_density * segment.prefix_len * self._layers) * 2 * vector
+        pages = -(-segment.prefix_len // pool.page_size)
+        metadata = self._scored[index] * pages * pool.summary_vectors * vector
+        return SegmentReport(
+            segment, kv_density, kv_density_q, active, self._dense[index], self._whole[index], kv_bytes, metadata
+        )
+
+    def _listed(self, kv: KVIndices, plan: PrefixPlan, heads: int) -> Tensor:
+        """Share of the prefix in the lists, mean over `heads` (G or H) heads after a union inside each: [S]."""
+        lists = kv.indptr.shape[0] - 1
+        entry = torch.repeat_interleave(torch.arange(lists, device=kv.indptr.device), kv.indptr.diff())
+        owner, head = entry // kv.heads, entry % kv.heads
+        if kv.per_row:
+            rows = torch.arange(lists // kv.heads, device=owner.device) if plan.rows is None else plan.rows
+            owner = rows[owner] // self._group.block_length
+        repeat = max(1, heads // kv.heads)  # a list of a KV head counts once for each of its query heads
+        head = head * heads // kv.heads
+        index = kv.indices
+        if kv.per_row or heads < kv.heads:
+            found = torch.unique(torch.stack((owner, head, index)), dim=1)
+            owner, head, index = found[0], found[1], found[2]
+        read = (self._prefix_S[owner] - index * plan.granule).clamp(max=plan.granule)
+        total = torch.zeros(self._prefix_S.shape[0], dtype=torch.float64, device=read.device)
+        total.index_add_(0, owner, read.double() * repeat)
+        return total / (heads * self._prefix_S.clamp(min=1))

@@ -20,8 +20,9 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
+from losa_runtime.core.architectures import SUPPORTED
 from losa_runtime.core.errors import CheckpointError, InvalidRequest
-from losa_runtime.core.model_config import CONFIG_FILE, SUPPORTED, read_json
+from losa_runtime.core.model_config import CONFIG_FILE, read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"

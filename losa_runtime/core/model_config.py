@@ -9,51 +9,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from losa_runtime.core.architectures import REFUSED_ARCHITECTURES, SUPPORTED
 from losa_runtime.core.config import RopeScaling
 from losa_runtime.core.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
-
-class FamilyDefaults(NamedTuple):
-    """What a family's released checkpoints leave out of config.json."""
-
-    block_length: int
-    mask_token_id: int
-
-
-SUPPORTED: dict[str, FamilyDefaults] = {"SDARForCausalLM": FamilyDefaults(block_length=4, mask_token_id=151669)}
-
-_FULL_ATTENTION = (
-    "a full-attention diffusion model: earlier tokens attend to later ones, so the K/V of a prefix change with every "
-    "later token and no exact prefix cache is possible"
-)
-_AUTOREGRESSIVE = "an autoregressive model: it predicts the next token and cannot fill masked blocks"
-_EXPERTS = "a mixture-of-experts model; only dense models are implemented in this version"
-REFUSED_ARCHITECTURES: dict[str, str] = {
-    **dict.fromkeys(
-        ("LLaDAModelLM", "LLaDAMoEModelLM", "LLaDAMoEModel", "DreamModel", "DreamForCausalLM"), _FULL_ATTENTION
-    ),
-    **dict.fromkeys(("SDARMoeForCausalLM", "LLaDA2MoeModelLM", "LLaDA2MoeForCausalLM"), _EXPERTS),
-    "Fast_dLLM_QwenForCausalLM": "a model with shifted logits (position i is predicted at i-1), not implemented here",
-    **dict.fromkeys(
-        ("A2DQwen3LMHeadModel", "A2DQwen2LMHeadModel", "A2DLlamaLMHeadModel"),
-        "a model whose blocks are anchored at a left-padded prompt, which is not implemented",
-    ),
-    **dict.fromkeys(
-        (
-            *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM"),
-            *("MistralForCausalLM", "MixtralForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
-            *("Phi3ForCausalLM", "GPT2LMHeadModel", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
-        ),
-        _AUTOREGRESSIVE,
-    ),
-}
 
 # Fields that change what the network computes, with the values under which it is the network implemented here.
 _ONLY: dict[str, tuple[object, ...]] = {
@@ -203,7 +169,9 @@ class ModelConfig(BaseModel):
             first: Any = error.errors(include_url=False)[0]
             field = str(first["loc"][0])
             given = sources.get(field) is not None
-            where = f"option {field}" if given else f"{path}: {_KEYS.get(field, field)}"
+            key = _KEYS.get(field, field)
+            origin = f"{path} or {GENERATION_FILE}" if generation.get(key) is not None else str(path)
+            where = f"option {field}" if given else f"{origin}: {key}"
             found = "nothing" if first["type"] == "missing" else repr(first["input"])
             allowed = _allowed(first["msg"])
             if field == "mask_token_id" and not given and raw.get("mask_token_id") is None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from losa_runtime.core.architectures import REFUSED_ARCHITECTURES, SUPPORTED
 from losa_runtime.core.errors import CheckpointError
-from losa_runtime.core.model_config import REFUSED_ARCHITECTURES, SUPPORTED, ModelConfig
+from losa_runtime.core.model_config import ModelConfig
 from losa_runtime.models.locate import locate_checkpoint
 from losa_runtime.models.model import FAMILIES, family_class, load_model
 from losa_runtime.models.random_checkpoint import write_random_checkpoint
@@ -58,7 +59,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"mask_token_id": ...}, "mask_token_id: found 151669.*give the option"),
     ({"eos_token_id": [2, 999]}, "eos_token_id: found .*999"),
     ({"eos_token_id": "2"}, "eos_token_id: found '2', allowed: an integer or a list of integers"),
-    ({"pad_token_id": 5000}, "pad_token_id|eos"),
+    ({"pad_token_id": 5000}, "pad_token_id: found 5000, allowed: ids inside the vocabulary"),
     ({"dtype": "int8"}, "dtype: found 'int8'"),
     ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', allowed: \"silu\""),
     ({"attention_bias": True}, "attention_bias: found True, allowed: false"),
@@ -97,6 +98,12 @@ def test_bad_config(folder: Path, fields: dict[str, Any], answer: str) -> None:
 def test_bad_option_is_named_as_an_option(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="option mask_token_id: found 400"):
         ModelConfig.from_folder(folder, mask_token_id=400)
+
+
+def test_bad_ids_of_the_generation_config_are_named_with_it(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 4000]}')
+    with pytest.raises(CheckpointError, match=r"or generation_config\.json: eos_token_id: found .*4000"):
+        ModelConfig.from_folder(folder)
 
 
 @pytest.mark.parametrize(

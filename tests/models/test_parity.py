@@ -15,9 +15,11 @@ from losa_runtime.layers.norm import RMSNorm
 from losa_runtime.layers.rope import RotaryEmbedding, rotate
 from losa_runtime.models.model import load_model
 from losa_runtime.models.random_checkpoint import write_random_checkpoint
+from losa_runtime.tokenizer import Tokenizer
 from tests.models.oracle import dense_attend, transformers_logits
 
 LENGTH = 52
+BUNDLED = Path(__file__).parents[2] / "benchmarks" / "tiny_model" / "checkpoint"
 
 
 def our_logits(folder: Path, tokens: Tensor, **options: Any) -> Tensor:
@@ -128,3 +130,12 @@ def test_norm_is_computed_in_float32() -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).mul(300).to(torch.bfloat16)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     assert torch.equal(norm(x), exact.float().to(torch.bfloat16))
+
+
+@pytest.mark.skipif(not (BUNDLED / "config.json").is_file(), reason="the bundled checkpoint is not in this checkout")
+def test_parity_on_the_bundled_checkpoint() -> None:
+    tokenizer = Tokenizer(BUNDLED)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "The secret code of the fox is 1234. " * 4}])
+    ids = torch.tensor(tokenizer.encode(prompt))
+    block = ModelConfig.from_folder(BUNDLED).block_length
+    assert (our_logits(BUNDLED, ids) - transformers_logits(BUNDLED, ids, block)).abs().max() < 1e-4

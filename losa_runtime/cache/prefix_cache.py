@@ -107,6 +107,7 @@ class PrefixCache:
         cached = evictable = 0
         for node in self.tree.nodes():
             seen[node.pages] += 1
+            assert node.tokens.size == node.pages.size * self.page_size and node.tokens.size % self.unit == 0
             cached += node.pages.size
             evictable += node.pages.size if node.locks == 0 else 0
             assert node.parent is not None and node.locks <= max(node.parent.locks, len(self._leases))

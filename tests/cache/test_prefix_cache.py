@@ -88,10 +88,10 @@ def test_duplicate_pages_are_freed_and_replaced() -> None:
 def test_eviction_takes_the_oldest_unlocked_leaf_and_spares_locked_paths() -> None:
     cache = PrefixCache(4, page_size=4, block_length=4)
     kept = fill(cache, ids(1, 1, 1, 1))
+    used = fill(cache, ids(3, 3, 3, 3))
     old = fill(cache, ids(2, 2, 2, 2))
-    new = fill(cache, ids(3, 3, 3, 3))
+    cache.close(used)
     cache.close(old)
-    cache.close(new)
     cache.close(cache.open("", ids(3, 3, 3, 3), 4))
     lease = cache.open("", ids(), 4)
     assert cache.grow(lease, 8)  # one page is free, one must be evicted: the older of the two unlocked

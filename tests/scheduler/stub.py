@@ -40,6 +40,7 @@ class World:
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.arrivals = 0
         self.rounds: list[Round] = []
+        self.failing: set[int] = set()  # positions at which the stub has no usable result
 
     def add(self, rid: str, prompt: list[int], new: int, stop: tuple[int, ...] = (), score: int | None = None,
             namespace: str = "") -> None:
@@ -85,6 +86,8 @@ class World:
     def result(self, item: WorkItem) -> BlockResult:
         assert item.candidates is not None
         positions = item.candidates + item.start
+        if self.failing & set(positions.tolist()):
+            return BlockResult(item.candidates[:0], item.candidates[:0], np.empty(0), error="unusable")
         if item.mode is ForwardMode.SCORE:
             return BlockResult(item.candidates, np.array([item.target]), -1.0 - positions.astype(float))
         take = max(1, item.candidates.size // 2)

@@ -68,6 +68,40 @@ def test_a_stop_token_ends_the_request_as_soon_as_nothing_before_it_is_masked() 
     assert last.finish is not None and last.finish.type == "stop" and last.finish.matched == 35
 
 
+def test_a_stop_token_waits_for_the_masks_before_it() -> None:
+    world = World(pages=32)
+    # The stub unmasks offsets 0 and 1, then 3, then 2: position 7 is known before position 6.
+    world.add("r", list(range(4)), 12, stop=(7 * 7 % 50,))
+    world.drain()
+    assert world.tokens("r") == expected(4, 4)
+
+
+@pytest.mark.parametrize("score", [None, 1])
+def test_an_unusable_result_ends_its_request_alone_and_once(score: int | None) -> None:
+    world = World(pages=32)
+    world.failing = {9, 10}
+    world.add("bad", list(range(8)) if score is None else list(range(12)), 4, score=score)
+    world.add("good", list(range(3)), 5)
+    world.drain()
+    [last] = world.terminal("bad")
+    assert last.finish is not None and last.finish.type == "error" and last.finish.message == "unusable"
+    assert world.tokens("good") == expected(3, 5)
+
+
+def test_a_retracted_request_opens_its_block_anew() -> None:
+    world = World(pages=8, reuse=False)
+    world.add("r", list(range(5)), 12)
+    world.step()
+    world.step()
+    req = world.scheduler.running[0]
+    assert req.block is not None and req.block.step > 0
+    world.scheduler._retract(req)
+    assert [i.mode for i in world.step().items] == [ForwardMode.PREFILL]
+    assert [(i.mode, i.step) for i in world.step().items] == [(ForwardMode.OPEN, 0)]
+    world.drain()
+    assert world.tokens("r") == expected(5, 12)
+
+
 def test_a_second_request_finds_the_prefix_and_the_answer_of_the_first() -> None:
     world = World(pages=32)
     world.add("a", list(range(8)), 9)

@@ -127,6 +127,7 @@ class ModelConfig(BaseModel):
         folder = Path(folder)
         return cls.from_dict(
             read_json(folder / CONFIG_FILE),
+            read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).is_file() else {},
             folder,
             block_length=block_length,
             mask_token_id=mask_token_id,
@@ -137,15 +138,15 @@ class ModelConfig(BaseModel):
     def from_dict(
         cls,
         raw: dict[str, Any],
+        generation: dict[str, Any],
         folder: Path,
         *,
         block_length: int | None = None,
         mask_token_id: int | None = None,
         rope_scaling: RopeScaling | None = None,
     ) -> ModelConfig:
-        """As `from_folder`, with the content of config.json at hand."""
+        """As `from_folder`, with the content of both files at hand; folder is only named in errors."""
         path, generation_path = folder / CONFIG_FILE, folder / GENERATION_FILE
-        generation = read_json(generation_path) if generation_path.is_file() else {}
         architecture = _architecture(path, raw)
         _refuse_variants(path, raw)
         theta, scaling = _rope(path, raw)

@@ -22,7 +22,7 @@ from losa_runtime.core.errors import ConfigError
 from losa_runtime.core.model_config import CONFIG_FILE, GENERATION_FILE, ModelConfig
 from losa_runtime.models.model import empty_model
 from losa_runtime.models.presets import PRESETS
-from losa_runtime.models.weights import INDEX_FILE, SINGLE_FILE
+from losa_runtime.models.weights import INDEX_FILE, SINGLE_FILE, byte_progress
 from losa_runtime.tokenizer import byte_alphabet
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>")  # ids 256 .. 259
@@ -45,6 +45,7 @@ def write_random_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int = 2 * 1024**3,
     overwrite: bool = False,
+    show_progress: bool = False,
     **overrides: Any,
 ) -> ModelConfig:
     """Write config, weights and tokenizer into `folder` (created if needed) and return the configuration.
@@ -57,14 +58,15 @@ def write_random_checkpoint(
     raw = _config(preset, architecture, overrides | ({} if dtype is None else {"dtype": dtype}))
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise ConfigError(f"folder: found a checkpoint in {folder}, allowed: an empty folder, or overwrite")
+    generation = {"eos_token_id": [IM_END, END_OF_TEXT], "pad_token_id": END_OF_TEXT}
+    config = ModelConfig.from_dict(raw, generation, folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (*folder.glob("model*.safetensors"), folder / INDEX_FILE, folder / CONFIG_FILE):
         stale.unlink(missing_ok=True)
-    _write_json(folder / GENERATION_FILE, {"eos_token_id": [IM_END, END_OF_TEXT], "pad_token_id": END_OF_TEXT})
-    write_byte_tokenizer(folder, int(raw["max_position_embeddings"]))
-    # The folder becomes loadable with its config.json, so a valid one is checked in memory and written last.
-    config = ModelConfig.from_dict(raw, folder)
-    _write_weights(folder, config, seed, max_shard_bytes)
+    write_byte_tokenizer(folder, config.max_context)
+    _write_weights(folder, config, seed, max_shard_bytes, show_progress)
+    _write_json(folder / GENERATION_FILE, generation)
+    # Last, because a folder becomes loadable with its config.json.
     _write_json(folder / CONFIG_FILE, raw)
     return config
 
@@ -118,7 +120,7 @@ def _random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tenso
             yield name, tensor.normal_(0.0, spread, generator=generator)
 
 
-def _write_weights(folder: Path, config: ModelConfig, seed: int, max_shard_bytes: int) -> None:
+def _write_weights(folder: Path, config: ModelConfig, seed: int, max_shard_bytes: int, show_progress: bool) -> None:
     itemsize = getattr(torch, config.dtype).itemsize
     sizes = {name: math.prod(p.shape) * itemsize for name, p in empty_model(config).named_parameters()}
     total, free = sum(sizes.values()), shutil.disk_usage(folder).free
@@ -136,11 +138,14 @@ def _write_weights(folder: Path, config: ModelConfig, seed: int, max_shard_bytes
         files = [f"model-{i + 1:05d}-of-{shard + 1:05d}.safetensors" for i in range(shard + 1)]
     pending: dict[str, Tensor] = {}
     current = 0
-    for name, tensor in _random_tensors(config, seed):
-        if shard_of[name] != current:
-            save_file(pending, folder / files[current], metadata={"format": "pt"})
-            pending, current = {}, shard_of[name]
-        pending[name] = tensor
+    with byte_progress(show_progress) as progress:
+        task = progress.add_task("writing weights", total=total)
+        for name, tensor in _random_tensors(config, seed):
+            if shard_of[name] != current:
+                save_file(pending, folder / files[current], metadata={"format": "pt"})
+                pending, current = {}, shard_of[name]
+            pending[name] = tensor
+            progress.advance(task, sizes[name])
     save_file(pending, folder / files[current], metadata={"format": "pt"})
     if shard:
         weight_map = {name: files[index] for name, index in shard_of.items()}

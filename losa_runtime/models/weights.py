@@ -57,6 +57,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     raise CheckpointError(f"{folder}: found no weights, allowed: {SINGLE_FILE} or {INDEX_FILE} with its shards")
 
 
+def byte_progress(show: bool) -> Progress:
+    """A progress bar in bytes on stderr; silent unless `show`."""
+    label = TextColumn("{task.description}")
+    columns = (label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not show)
+
+
 def load_weights(
     folder: Path,
     module: nn.Module,
@@ -76,16 +83,9 @@ def load_weights(
     with ExitStack() as stack:
         opened = {path: stack.enter_context(_open(path)) for path in dict.fromkeys(files.values())}
         _check(folder, expected, tied, _headers(files, opened))
-        columns = (
-            TextColumn("loading weights"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
         total = sum(math.prod(shape) for shape in expected.values()) * dtype.itemsize
-        with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
-            task = progress.add_task("weights", total=total)
+        with byte_progress(show_progress) as progress:
+            task = progress.add_task("loading weights", total=total)
             for name in sorted(expected, key=lambda n: (files[n], n)):
                 tensor = _read(opened[files[name]], name, folder).to(device=device, dtype=dtype, copy=True)
                 _assign(module, name, tensor)

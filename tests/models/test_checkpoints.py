@@ -142,7 +142,10 @@ def test_random_checkpoint_refusals(tmp_path: Path) -> None:
         write_random_checkpoint(tmp_path / "b", vocab_size=200)
     with pytest.raises(CheckpointError, match="num_key_value_heads: found 3"):
         write_random_checkpoint(tmp_path / "b", num_key_value_heads=3)
-    assert not (tmp_path / "b" / "config.json").exists()
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(CheckpointError, match="head_dim: found 7"):
+        write_random_checkpoint(tmp_path, head_dim=7, overwrite=True)
+    load(tmp_path)  # a refusal leaves what was there
 
 
 def test_presets_are_complete() -> None:
@@ -158,6 +161,8 @@ def test_progress_bar_only_when_asked(tmp_path: Path, capfd: pytest.CaptureFixtu
     out, err = capfd.readouterr()
     assert out == ""
     assert "loading weights" in err
+    write_random_checkpoint(tmp_path, overwrite=True, show_progress=True)
+    assert "writing weights" in capfd.readouterr().err
 
 
 def command(*words: str) -> int:

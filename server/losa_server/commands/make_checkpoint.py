@@ -37,21 +37,26 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="write a checkpoint with random weights",
         description="Write a loadable checkpoint folder with random weights and a byte-level tokenizer. "
         "It has the shape of a real model, so it shows real speed and memory; what it says is noise.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="where to write; created if needed")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is already there")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", choices=tuple(PRESETS), default="tiny", help="shape to start from")
-    model.add_argument("--architecture", default="SDARForCausalLM", help="model family, as in config.json")
-    model.add_argument("--seed", type=int, default=0, help="equal seeds give equal weights")
     model.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="of the tensors (None: the preset's)"
+        "--preset", choices=tuple(PRESETS), default="tiny", help="shape to start from (default: %(default)s)"
     )
-    model.add_argument("--max-shard-mib", type=int, default=2048, help="size of one weight file in MiB")
+    model.add_argument(
+        "--architecture", default="SDARForCausalLM", help="model family, as in config.json (default: %(default)s)"
+    )
+    model.add_argument("--seed", type=int, default=0, help="equal seeds give equal weights (default: %(default)s)")
+    model.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (default: the preset's)"
+    )
+    model.add_argument(
+        "--max-shard-mib", type=int, default=2048, help="size of one weight file in MiB (default: %(default)s)"
+    )
 
-    shape = parser.add_argument_group("shape", "Each of these replaces the preset's value (None: keep it).")
+    shape = parser.add_argument_group("shape", "Each of these replaces the preset's value.")
     for option, (field, text) in _SHAPE.items():
         shape.add_argument(f"--{option}", dest=field, type=int, default=None, metavar="N", help=text)
     shape.add_argument(
@@ -84,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             max_shard_bytes=args.max_shard_mib * 1024**2,
             overwrite=args.force,
+            show_progress=sys.stderr.isatty(),
             **overrides,
         )
     except (LosaError, OSError) as error:

@@ -1,0 +1,122 @@
+"""The seam of the decoding algorithms: which of the sampled candidates of a denoising step are accepted.
+
+An algorithm is a pure function of the candidates of some blocks. It knows no request, cache, logits or vocabulary; the
+caller owns the loop and writes the accepted tokens. `registry.py` lists the algorithms, each is one small file.
+Shape letters: R candidate rows, S blocks, B block length.
+
+Room for later algorithms without a change for the callers: what one needs beyond token and confidence it declares
+(`needs_entropy`; the caller asks `sample` for it and hands it on), and whether a block is done is asked of the
+algorithm (`finished`), since one that edits known tokens is not done when the last mask is gone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Candidates(NamedTuple):
+    """One sampled token for every masked position of S blocks; the rows of block s are indptr_S[s] .. indptr_S[s + 1].
+
+    token_R: int64. confidence_R: float32, see `sampling`. offset_R: int64, position in the block, 0 .. B - 1, each
+    once per block. indptr_S: int64 [S + 1], from 0 to R. step_index_S: int64, 0 for a block's first step.
+    num_steps_S: int64, planned steps (T), 1 .. B. threshold_S: float64. entropy_R: float32, there if it is needed.
+    Known tokens of a block (the tail of a prompt, tokens accepted before) are not among the rows.
+    """
+
+    token_R: Tensor
+    confidence_R: Tensor
+    offset_R: Tensor
+    indptr_S: Tensor
+    step_index_S: Tensor
+    num_steps_S: Tensor
+    threshold_S: Tensor
+    block_length: int
+    entropy_R: Tensor | None = None
+
+    @property
+    def block_R(self) -> Tensor:
+        """int64 [R]: the number of each row's block."""
+        counts_S = self.indptr_S.diff()
+        return torch.arange(len(counts_S), device=counts_S.device).repeat_interleave(counts_S)
+
+
+class DecodingAlgorithm(ABC):
+    """The rule by which masks become tokens. Stateless."""
+
+    needs_entropy: ClassVar[bool] = False
+
+    @abstractmethod
+    def accept(self, candidates: Candidates) -> Tensor:
+        """bool [R]: the rows whose tokens are accepted now; of each block that has rows at least one.
+
+        A block's rows are judged by that block alone. A block with denoising steps T that starts with any number of
+        masks is done after at most T calls.
+        """
+
+    def finished(self, candidates: Candidates, accepted_R: Tensor) -> Tensor:
+        """bool [S]: the blocks that need no further step once the accepted tokens are written."""
+        left_S = torch.zeros_like(candidates.num_steps_S)
+        return left_S.index_add(0, candidates.block_R, (~accepted_R).to(left_S.dtype)) == 0
+
+
+def accept(algorithms: Sequence[DecodingAlgorithm], candidates: Candidates) -> Tensor:
+    """Apply block s's own `algorithms[s]`, one call for each distinct algorithm. Returns bool [R]."""
+    accepted_R = torch.zeros_like(candidates.token_R, dtype=torch.bool)
+    block_R = candidates.block_R
+    for algorithm in dict.fromkeys(algorithms):
+        mine_S = torch.tensor([a is algorithm for a in algorithms], device=block_R.device)
+        mine_R = mine_S[block_R]
+        accepted_R[mine_R] = algorithm.accept(_select(candidates, mine_S, mine_R))
+    return accepted_R
+
+
+def num_transfer(step: int, num_steps: int, block_length: int) -> int:
+    """Planned number of tokens of a step: B // T, one more in the first B % T steps, none after the plan."""
+    if step >= num_steps:
+        return 0
+    return block_length // num_steps + (step < block_length % num_steps)
+
+
+def quota(candidates: Candidates) -> Tensor:
+    """int64 [S]: how many rows each block accepts by plan: `num_transfer`, but at most and at least what must be.
+
+    At most the rows there are. In the last planned step all of them: a block that began with fewer masks than B has
+    nothing left by then anyhow, so this only bounds a block that was disturbed.
+    """
+    B, T_S, step_S = candidates.block_length, candidates.num_steps_S, candidates.step_index_S
+    rows_S = candidates.indptr_S.diff()
+    planned_S = B // T_S + (step_S < B % T_S).to(torch.int64)
+    return torch.where(step_S >= T_S - 1, rows_S, torch.minimum(planned_S, rows_S))
+
+
+def rank(candidates: Candidates, key_R: Tensor | None = None) -> Tensor:
+    """int64 [R]: place of each row within its block by descending key, ties (and no key) by ascending offset."""
+    order_R = candidates.offset_R.argsort(stable=True)
+    if key_R is not None:
+        order_R = order_R[key_R[order_R].argsort(descending=True, stable=True)]
+    block_R = candidates.block_R
+    order_R = order_R[block_R[order_R].argsort(stable=True)]
+    rank_R = torch.empty_like(order_R)
+    rank_R[order_R] = torch.arange(len(order_R), device=order_R.device) - candidates.indptr_S[block_R]
+    return rank_R
+
+
+def _select(candidates: Candidates, mine_S: Tensor, mine_R: Tensor) -> Candidates:
+    counts_S = candidates.indptr_S.diff()[mine_S]
+    entropy_R = candidates.entropy_R
+    return Candidates(
+        token_R=candidates.token_R[mine_R],
+        confidence_R=candidates.confidence_R[mine_R],
+        offset_R=candidates.offset_R[mine_R],
+        indptr_S=torch.cat((counts_S.new_zeros(1), counts_S.cumsum(0))),
+        step_index_S=candidates.step_index_S[mine_S],
+        num_steps_S=candidates.num_steps_S[mine_S],
+        threshold_S=candidates.threshold_S[mine_S],
+        block_length=candidates.block_length,
+        entropy_R=None if entropy_R is None else entropy_R[mine_R],
+    )

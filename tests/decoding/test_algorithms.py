@@ -1,0 +1,172 @@
+"""The three algorithms against the oracle, the schedule, and the settling of a request's decoding parameters."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from losa_runtime.core.config import EngineConfig
+from losa_runtime.core.decoding_params import DecodingParams
+from losa_runtime.core.errors import ConfigError, InvalidRequest
+from losa_runtime.core.sampling_params import DiffusionParams
+from losa_runtime.decoding.algorithm import Candidates, accept, num_transfer
+from losa_runtime.decoding.registry import ALGORITHMS, load_algorithm, resolve
+from tests.decoding import oracle
+
+# (candidates as (offset, confidence), step, planned steps, threshold); few confidences, so that ties are common.
+Block = tuple[list[tuple[int, float]], int, int, float]
+confidence = st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0])
+
+
+@st.composite
+def block(draw: st.DrawFn, block_length: int) -> Block:
+    offsets = draw(st.lists(st.integers(0, block_length - 1), unique=True, max_size=block_length))
+    steps = draw(st.integers(1, block_length))
+    return [(o, draw(confidence)) for o in offsets], draw(st.integers(0, steps)), steps, draw(confidence)
+
+
+@st.composite
+def batch(draw: st.DrawFn) -> tuple[int, list[Block], list[str]]:
+    block_length = draw(st.integers(1, 9))
+    blocks = draw(st.lists(block(block_length), max_size=5))
+    names = draw(st.lists(st.sampled_from(sorted(ALGORITHMS)), min_size=len(blocks), max_size=len(blocks)))
+    return block_length, blocks, names
+
+
+def candidates_of(block_length: int, blocks: list[Block]) -> Candidates:
+    rows = [row for rows, *_ in blocks for row in rows]
+    ends = [0]
+    for mine, *_ in blocks:
+        ends.append(ends[-1] + len(mine))
+    return Candidates(
+        token_R=torch.arange(len(rows)),
+        confidence_R=torch.tensor([c for _, c in rows], dtype=torch.float32),
+        offset_R=torch.tensor([o for o, _ in rows], dtype=torch.int64),
+        indptr_S=torch.tensor(ends),
+        step_index_S=torch.tensor([b[1] for b in blocks], dtype=torch.int64),
+        num_steps_S=torch.tensor([b[2] for b in blocks], dtype=torch.int64),
+        threshold_S=torch.tensor([b[3] for b in blocks], dtype=torch.float64),
+        block_length=block_length,
+    )
+
+
+def by_block(accepted_R: torch.Tensor, candidates: Candidates) -> list[set[int]]:
+    ends = candidates.indptr_S.tolist()
+    return [set(candidates.offset_R[a:b][accepted_R[a:b]].tolist()) for a, b in pairwise(ends)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(batch())
+def test_equals_the_oracle_in_mixed_batches(case: tuple[int, list[Block], list[str]]) -> None:
+    check(*case)
+
+
+@pytest.mark.parametrize("block_length", [1, 2, 5, 8, 32])
+def test_thousands_of_blocks_equal_the_oracle(block_length: int) -> None:
+    """One call over many blocks: random residues, steps, plans and thresholds, half of them with many ties."""
+    chance, blocks, levels = random.Random(block_length), [], [k / 8 for k in range(9)]
+    for number in range(800):
+        offsets = chance.sample(range(block_length), chance.randint(0, block_length))
+        surety = [chance.choice(levels) if number % 2 else chance.random() for _ in offsets]
+        steps = chance.randint(1, block_length)
+        rows = list(zip(offsets, torch.tensor(surety).tolist(), strict=True))
+        blocks.append((rows, chance.randint(0, steps), steps, chance.choice(levels)))
+    check(block_length, blocks, [chance.choice(sorted(ALGORITHMS)) for _ in blocks])
+
+
+def check(block_length: int, blocks: list[Block], names: list[str]) -> None:
+    candidates = candidates_of(block_length, blocks)
+    accepted_R = accept([load_algorithm(name) for name in names], candidates)
+    expected = [
+        oracle.accepted_offsets(name, rows, step, steps, block_length, threshold)
+        for name, (rows, step, steps, threshold) in zip(names, blocks, strict=True)
+    ]
+    assert by_block(accepted_R, candidates) == expected
+    assert all(got or not rows for got, (rows, *_) in zip(expected, blocks, strict=True))
+    finished = load_algorithm("sequential").finished(candidates, accepted_R).tolist()
+    assert finished == [len(got) == len(rows) for got, (rows, *_) in zip(expected, blocks, strict=True)]
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_block_is_done_within_its_planned_steps(name: str, data: st.DataObject) -> None:
+    block_length = data.draw(st.integers(1, 12))
+    steps = data.draw(st.integers(1, block_length))
+    masked = set(data.draw(st.lists(st.integers(0, block_length - 1), unique=True, min_size=1)))
+    full, threshold, used = len(masked) == block_length, data.draw(confidence), 0
+    for step in range(steps):
+        candidates = candidates_of(
+            block_length, [([(o, data.draw(confidence)) for o in masked], step, steps, threshold)]
+        )
+        taken = by_block(load_algorithm(name).accept(candidates), candidates)[0]
+        assert taken
+        masked -= taken
+        used += 1
+        if not masked:
+            break
+    assert not masked
+    if full and name != "low_confidence_dynamic":
+        assert used == steps  # the plan is exact for a block that starts all masked
+
+
+def test_threshold_one_makes_dynamic_static() -> None:
+    candidates = candidates_of(4, [([(0, 1.0), (1, 0.5), (2, 1.0), (3, 0.9)], 0, 4, 1.0)])
+    dynamic = load_algorithm("low_confidence_dynamic").accept(candidates)
+    assert torch.equal(dynamic, load_algorithm("low_confidence_static").accept(candidates))
+    assert dynamic.tolist() == [True, False, False, False]
+
+
+def test_a_confidence_equal_to_the_threshold_is_not_enough() -> None:
+    candidates = candidates_of(4, [([(0, 0.5), (1, 0.75), (2, 0.75), (3, 0.5)], 0, 4, 0.5)])
+    assert load_algorithm("low_confidence_dynamic").accept(candidates).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("block_length", [1, 4, 7, 32])
+def test_the_schedule_hands_out_every_position_once(block_length: int) -> None:
+    for steps in range(1, block_length + 1):
+        plan = [num_transfer(s, steps, block_length) for s in range(steps + 3)]
+        assert sum(plan) == block_length
+        assert plan[steps:] == [0, 0, 0]
+        assert sorted(plan[:steps], reverse=True) == plan[:steps]
+        assert plan[0] - plan[steps - 1] <= 1
+
+
+def config(**values: object) -> EngineConfig:
+    return EngineConfig.parse(model="m", **values)
+
+
+def test_resolve_prefers_the_request_then_the_engine_then_one_token_per_step() -> None:
+    assert resolve(DiffusionParams(), config(), 32) == DecodingParams("low_confidence_dynamic", 0.9, 32)
+    engine = config(algorithm="sequential", threshold=0.7, denoising_steps=8)
+    assert resolve(DiffusionParams(), engine, 32) == DecodingParams("sequential", 0.7, 8)
+    wish = DiffusionParams(algorithm="low_confidence_static", threshold=0.0, denoising_steps=32)
+    assert resolve(wish, engine, 32) == DecodingParams("low_confidence_static", 0.0, 32)
+
+
+@pytest.mark.parametrize(
+    ("wish", "field", "allowed"),
+    [
+        ({"algorithm": "greedy"}, "custom_params.algorithm", "sequential, low_confidence_static"),
+        ({"denoising_steps": 33}, "custom_params.denoising_steps", "1 to 32"),
+    ],
+)
+def test_resolve_names_the_field_and_what_is_allowed(wish: dict, field: str, allowed: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(DiffusionParams(**wish), config(), 32)
+    assert caught.value.field == field
+    assert allowed in caught.value.allowed
+    with pytest.raises(ConfigError, match=next(iter(wish))):
+        resolve(DiffusionParams(), config(**wish), 32)
+
+
+def test_names_are_known_without_loading_torch() -> None:
+    code = "import sys; import losa_runtime.decoding.registry; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -94,7 +94,7 @@ def assemble(config: EngineConfig) -> Parts:
         mask_token_id=config.mask_token_id,
         rope_scaling=config.rope_scaling,
     )
-    tokenizer = Tokenizer(tokenizer_folder)
+    tokenizer = Tokenizer(tokenizer_folder, model_config.mask_token_id)
     device = _device(config)
     dtype = _dtype("dtype", config.dtype, torch.float32 if device.type == "cpu" else getattr(torch, model_config.dtype))
     kv_dtype = _dtype("kv_cache_dtype", config.kv_cache_dtype, dtype)

@@ -132,7 +132,6 @@ def test_norm_is_computed_in_float32() -> None:
     assert torch.equal(norm(x), exact.float().to(torch.bfloat16))
 
 
-@pytest.mark.skipif(not (BUNDLED / "config.json").is_file(), reason="the bundled checkpoint is not in this checkout")
 def test_parity_on_the_bundled_checkpoint() -> None:
     tokenizer = Tokenizer(BUNDLED)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "The secret code of the fox is 1234. " * 4}])

@@ -1,0 +1,40 @@
+"""What one prompt has brought so far: the sum of the engine's news. Knows no HTTP and no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from losa_runtime.core.request import FinishReason, RequestOutput, RequestStats
+
+# Clients drop a log-probability of exactly 0 as "none", so a certain token gets the next best thing.
+LARGEST_LOGPROB = -1e-9
+
+
+@dataclass
+class Answer:
+    """Grows with every `add`; `finish` is None until the request has ended. Log-probabilities are natural, below 0."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    finish: FinishReason | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    stats: RequestStats = field(default_factory=RequestStats)
+
+    def add(self, news: list[RequestOutput]) -> None:
+        """Take in news in their order."""
+        for output in news:
+            self.text += output.text
+            self.token_ids.extend(output.token_ids)
+            self.output_logprobs.extend(_below_zero(output.output_logprobs))
+            self.prompt_logprobs.extend(_below_zero(output.prompt_logprobs))
+            self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
+            self.completion_tokens, self.stats = output.completion_tokens, output.stats
+            self.finish = output.finish or self.finish
+
+
+def _below_zero(values: tuple[float, ...] | None) -> list[float]:
+    return [min(value, LARGEST_LOGPROB) for value in values or ()]

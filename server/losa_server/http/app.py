@@ -1,0 +1,61 @@
+"""The HTTP application: routes, error objects, body limit. Loads no torch; its engine is a RequestManager."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import losa_runtime
+from losa_runtime.core.errors import LosaError
+from losa_server.errors import ClientGone, RequestFailed, as_failure
+from losa_server.http import info, native
+from losa_server.http.limits import BodyLimit
+from losa_server.http.replies import error_reply
+from losa_server.request_manager import RequestManager
+
+log = logging.getLogger("losa.server")
+
+CLIENT_CLOSED_REQUEST = 499
+
+
+def create_app(manager: RequestManager) -> FastAPI:
+    """The application around a request manager, which the caller owns and closes."""
+    app = FastAPI(title="losa-runtime", version=losa_runtime.__version__, docs_url=None, redoc_url=None)
+    app.state.manager = manager
+    app.include_router(native.router)
+    app.include_router(info.router)
+    app.add_exception_handler(ClientGone, _client_gone)
+    app.add_exception_handler(LosaError, _runtime_error)
+    app.add_exception_handler(RequestValidationError, _bad_request)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+    app.add_middleware(BodyLimit, max_bytes=manager.settings.max_body_bytes)
+    return app
+
+
+async def _runtime_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, LosaError)
+    return error_reply(as_failure(error))
+
+
+async def _client_gone(_: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _bad_request(_: Request, error: Exception) -> Response:
+    return error_reply(RequestFailed(400, f"the request cannot be read: {error}"))
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_reply(RequestFailed(error.status_code, str(error.detail)))
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    # The traceback goes to the log only: it may name files and hold values of other requests.
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_reply(RequestFailed(500, f"internal error ({type(error).__name__})"))

@@ -1,0 +1,124 @@
+"""Routes that tell: health, model and server facts, the model list. Each in all spellings that clients use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+import losa_runtime
+from losa_runtime.core.sampling_params import SamplingParams
+from losa_server.errors import EngineUnavailable, RequestFailed
+from losa_server.http.body import unless_disconnected
+from losa_server.http.native import manager_of
+from losa_server.http.native_answer import WEIGHT_VERSION
+from losa_server.http.replies import json_reply
+from losa_server.request_manager import Ask, RequestManager
+
+router = APIRouter()
+
+
+@router.get("/ping")
+async def ping() -> Response:
+    """200 as long as this process answers, whatever the engine does."""
+    return json_reply({"status": "ok"})
+
+
+@router.get("/health")
+@router.get("/ready")
+async def health(request: Request) -> Response:
+    """200 while there is a live engine, else 503. Never waits for it."""
+    client = manager_of(request).client
+    if not client.healthy:
+        raise EngineUnavailable(client.unavailable_because)
+    return json_reply({"status": "ok"})
+
+
+@router.get("/health_generate")
+async def health_generate(request: Request) -> Response:
+    """200 when the engine has generated one token just now, else 503."""
+    manager = manager_of(request)
+    params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
+    # A cache namespace of its own: probes leave the statistics of real prefixes alone.
+    ask = Ask(prompt=tuple(manager.tokenizer.encode("health")), sampling=params, namespace="health")
+    try:
+        await unless_disconnected(request, manager.generate([ask]))
+    except RequestFailed as error:
+        raise EngineUnavailable(f"the engine could not generate: {error.message}") from None
+    return json_reply({"status": "ok"})
+
+
+def served_name(manager: RequestManager) -> str:
+    """The model's public name: as configured, else its path."""
+    return manager.settings.served_model_name or str(manager.info.get("model_path", ""))
+
+
+@router.get("/get_model_info")
+@router.get("/model_info")
+async def model_info(request: Request) -> Response:
+    """Facts about the model: `model_path`, `tokenizer_path`, `is_generation` and the engine's own."""
+    manager = manager_of(request)
+    return json_reply(
+        {
+            **manager.info,
+            "served_model_name": served_name(manager),
+            "architectures": [manager.info.get("architecture")],
+            "is_generation": True,
+            "weight_version": WEIGHT_VERSION,
+        }
+    )
+
+
+@router.get("/get_server_info")
+@router.get("/server_info")
+@router.get("/get_server_args")
+async def server_info(request: Request) -> Response:
+    """Settings of both processes, facts and, in `internal_states`, the engine's counters (one element per engine)."""
+    manager = manager_of(request)
+    client = manager.client
+    state: dict[str, Any] = {
+        **await client.stats(),
+        "live_requests": manager.live,
+        "malformed_messages": client.malformed_messages,
+        "late_outputs": client.unknown_outputs,
+    }
+    return json_reply(
+        {
+            **manager.settings.model_dump(),
+            **manager.info,
+            "served_model_name": served_name(manager),
+            "tp_size": 1,
+            "dp_size": 1,
+            "version": losa_runtime.__version__,
+            "status": "ready",
+            "internal_states": [state],
+        }
+    )
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The served model as an OpenAI model list."""
+    return json_reply({"object": "list", "data": [_model_card(manager_of(request))]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    """The served model, or 404."""
+    manager = manager_of(request)
+    if name != served_name(manager):
+        raise RequestFailed(404, f"there is no model {name!r}; this server has {served_name(manager)!r}", "model")
+    return json_reply(_model_card(manager))
+
+
+def _model_card(manager: RequestManager) -> dict[str, Any]:
+    return {
+        "id": served_name(manager),
+        "object": "model",
+        "created": manager.created,
+        # Routers recognise the dialect of a worker by its owner.
+        "owned_by": "sglang",
+        "root": manager.info.get("model_path"),
+        "max_model_len": manager.info.get("context_length"),
+    }

@@ -1,0 +1,161 @@
+"""SGLang's native routes for work: generate, abort, flush, tokenize, and the few that clients merely expect."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import PlainTextResponse, Response
+
+from losa_runtime.core.errors import InvalidRequest, LosaError
+from losa_server.errors import RequestFailed, as_failure
+from losa_server.http.body import read_object, unless_disconnected
+from losa_server.http.generate_request import GenerateCall, parse_generate
+from losa_server.http.native_answer import native_answer
+from losa_server.http.replies import DONE, EventStream, error_body, event, json_reply
+from losa_server.request_manager import Generation, RequestManager
+
+router = APIRouter()
+
+
+def manager_of(request: Request) -> RequestManager:
+    """The request manager of the application."""
+    manager: RequestManager = request.app.state.manager
+    return manager
+
+
+@router.api_route("/generate", methods=["POST", "PUT"])
+async def generate(request: Request) -> Response:
+    """Complete one prompt or several; see `parse_generate` for the body. Streams events when `stream` is true."""
+    manager = manager_of(request)
+    call = parse_generate(await read_object(request), manager.settings.max_prompts)
+    if call.stream:
+        return await _stream(request, manager, call)
+    generations = await unless_disconnected(request, manager.generate(call.asks))
+    answers = [_answer(manager, call, index, generation) for index, generation in enumerate(generations)]
+    return json_reply(answers if call.as_list else answers[0])
+
+
+async def _stream(request: Request, manager: RequestManager, call: GenerateCall) -> Response:
+    """Waits for the engine's first news before the headers are sent, so that a refusal is still a plain 400."""
+    generations = await unless_disconnected(request, manager.open_all(call.asks))
+
+    def close() -> None:
+        manager.close_all(generations)
+
+    news = manager.stream(generations)
+    try:
+        first = await unless_disconnected(request, _next(news))
+    except BaseException:
+        close()
+        raise
+    index_of = {generation.rid: index for index, generation in enumerate(generations)}
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            yield _event(manager, call, index_of[first.rid], first)
+            async for generation in news:
+                yield _event(manager, call, index_of[generation.rid], generation)
+        except LosaError as error:
+            yield event(error_body(as_failure(error)))
+        yield DONE
+
+    return EventStream(events(), close)
+
+
+async def _next(news: AsyncIterator[Generation]) -> Generation:
+    return await anext(news)
+
+
+def _event(manager: RequestManager, call: GenerateCall, index: int, generation: Generation) -> bytes:
+    answer = _answer(manager, call, index, generation)
+    return event({**answer, "index": index} if call.as_list else answer)
+
+
+def _answer(manager: RequestManager, call: GenerateCall, index: int, generation: Generation) -> dict[str, Any]:
+    return native_answer(generation, manager.tokenizer, call.return_logprob[index], call.texts_in_logprobs)
+
+
+@router.api_route("/flush_cache", methods=["GET", "POST"])
+async def flush_cache(request: Request) -> Response:
+    """Forget cached prefixes; 400 while requests are pending. `?timeout=` seconds to wait for them."""
+    manager = manager_of(request)
+    try:
+        patience_s = min(float(request.query_params.get("timeout", "0")), 600.0)
+    except ValueError:
+        raise InvalidRequest("timeout", request.query_params["timeout"], "seconds") from None
+    deadline = time.monotonic() + patience_s
+    while not await manager.client.flush_cache():
+        if time.monotonic() >= deadline:
+            raise RequestFailed(400, "the cache was not flushed: requests are pending")
+        await asyncio.sleep(0.05)
+    return PlainTextResponse("Cache flushed.\n")
+
+
+@router.post("/abort_request")
+async def abort_request(request: Request) -> Response:
+    """Abort by `rid` (a prefix of it is enough) or all with `abort_all`; 200 whether or not there was any."""
+    body = await read_object(request)
+    rid, everything = body.get("rid"), body.get("abort_all")
+    if rid is not None and not isinstance(rid, str):
+        raise InvalidRequest("rid", rid, "a string")
+    if everything is not None and type(everything) is not bool:
+        raise InvalidRequest("abort_all", everything, "true or false")
+    prefix = "" if everything else rid
+    count = manager_of(request).abort(prefix or "") if prefix or everything else 0
+    return json_reply({"aborted": count})
+
+
+@router.post("/concate_and_append_request")
+async def concate_and_append_request() -> Response:
+    """Nothing to do: the client has joined the texts itself, and the prefix cache finds what is shared."""
+    return json_reply({})
+
+
+@router.api_route("/start_profile", methods=["GET", "POST"])
+@router.api_route("/stop_profile", methods=["GET", "POST"])
+async def profile() -> Response:
+    """Refused."""
+    raise RequestFailed(501, "there is no built-in profiler; attach one to the engine process, e.g. py-spy")
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> Response:
+    """`{"prompt" or "text": text | [text]}` to `{"tokens", "count", "max_model_len"}`."""
+    manager = manager_of(request)
+    body = await read_object(request)
+    field = "prompt" if "prompt" in body else "text"
+    value = body.get(field)
+    texts: list[Any] = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest(field, value, "a string or a list of strings")
+    tokens = [await manager.encode(text) for text in texts]
+    counts = [len(ids) for ids in tokens]
+    many = isinstance(value, list)
+    return json_reply(
+        {
+            "tokens": tokens if many else tokens[0],
+            "count": counts if many else counts[0],
+            "max_model_len": manager.info.get("context_length"),
+        }
+    )
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> Response:
+    """`{"tokens": [id] | [[id]], "skip_special_tokens": true}` to `{"text"}`."""
+    manager = manager_of(request)
+    body = await read_object(request)
+    value, skip = body.get("tokens"), body.get("skip_special_tokens", True)
+    if type(skip) is not bool:
+        raise InvalidRequest("skip_special_tokens", skip, "true or false")
+    many = isinstance(value, list) and bool(value) and all(isinstance(row, list) for row in value)
+    rows: list[Any] = value if many and isinstance(value, list) else [value]
+    limit = manager.tokenizer.vocab_size
+    if not all(isinstance(row, list) and all(type(i) is int and 0 <= i < limit for i in row) for row in rows):
+        raise InvalidRequest("tokens", value, f"a list of ids from 0 to {limit - 1}, or a list of such lists")
+    texts = [manager.tokenizer.decode(row, skip) for row in rows]
+    return json_reply({"text": texts if many else texts[0]})

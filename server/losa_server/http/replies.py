@@ -1,0 +1,53 @@
+"""Answers as bytes: JSON responses, the one error object of the native routes, and server-sent events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import orjson
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from losa_server.errors import RequestFailed
+
+DONE = b"data: [DONE]\n\n"
+
+
+def json_reply(value: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(orjson.dumps(value), status_code, headers, media_type="application/json")
+
+
+def error_body(error: RequestFailed) -> dict[str, Any]:
+    """`{"error": {"message", "code"[, "field"]}}`."""
+    detail: dict[str, Any] = {"message": error.message, "code": error.status_code}
+    if error.field is not None:
+        detail["field"] = error.field
+    return {"error": detail}
+
+
+def error_reply(error: RequestFailed) -> Response:
+    """An error as a response; 503 says when to come back."""
+    headers = {"Retry-After": "1"} if error.status_code == 503 else None
+    return json_reply(error_body(error), error.status_code, headers)
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+class EventStream(Response):
+    """A stream of events. close: called once, whatever happens, also if the client leaves before the first event."""
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        self._inner = StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.background = None
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._inner(scope, receive, send)
+        finally:
+            self._close()

@@ -1,0 +1,157 @@
+"""Starts the engine process and the HTTP server, and ends both: by signal, or when the engine is gone.
+
+The order matters: the port is taken first (a clash shows before a model is loaded), the engine must be ready before the
+first connection is accepted, and at the end clients are answered before the engine and the socket directory go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+from rich.console import Console
+
+from losa_runtime.core.config import EngineConfig
+from losa_runtime.tokenizer import Tokenizer
+from losa_server.banner import show_ready, show_start
+from losa_server.engine_client import ENGINE_COMMAND, EngineClient
+from losa_server.errors import EngineUnavailable, StartFailed
+from losa_server.http.app import create_app
+from losa_server.request_manager import RequestManager
+from losa_server.settings import ServerSettings
+
+log = logging.getLogger("losa.server")
+
+BACKLOG = 2048
+# How long the HTTP side stays after the engine's death, so that clients and probes are told why.
+FAREWELL_S = 1.0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: ours also end the engine, and the exit code stays ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve_until_stopped(config: EngineConfig, settings: ServerSettings, command: Sequence[str] = ENGINE_COMMAND) -> int:
+    """Serve until SIGINT, SIGTERM (0) or the engine's death (1). command: of the engine process. Raises StartFailed."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s server %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    listener = take_port(settings.host, settings.port)
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_Launch(config, settings, command, listener).run())
+    finally:
+        listener.close()
+
+
+def take_port(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. Raises StartFailed."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise StartFailed(f"port {port} on {host} is in use; choose another with --port") from None
+        raise StartFailed(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    return listener
+
+
+class _Launch:
+    """One run of the server."""
+
+    def __init__(
+        self, config: EngineConfig, settings: ServerSettings, command: Sequence[str], listener: socket.socket
+    ) -> None:
+        self._config, self._settings, self._command, self._listener = config, settings, command, listener
+        self._console = Console()
+        self._stop = asyncio.Event()
+        self._died = False
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop.set)
+        client = EngineClient(self._engine_died)
+        client.start(self._config, os.getpid(), self._settings.log_level, self._command)
+        try:
+            if not await self._load(client):
+                return 0
+            await self._serve(client)
+        finally:
+            await client.close()
+        return 1 if self._died else 0
+
+    def _engine_died(self, _reason: str) -> None:
+        self._died = True
+        asyncio.get_running_loop().call_later(FAREWELL_S, self._stop.set)
+
+    async def _load(self, client: EngineClient) -> bool:
+        """Wait for the engine; False when asked to stop meanwhile. Raises StartFailed."""
+        started = time.monotonic()
+        ready, stop = asyncio.create_task(client.wait_ready()), asyncio.create_task(self._stop.wait())
+        with self._console.status(f"loading {self._config.model}"):
+            await asyncio.wait((ready, stop), return_when=asyncio.FIRST_COMPLETED)
+        if not ready.done():
+            ready.cancel()
+            return False
+        stop.cancel()
+        try:
+            show_start(self._console, ready.result(), time.monotonic() - started)
+        except EngineUnavailable as error:
+            raise StartFailed(error.message) from None
+        return True
+
+    async def _serve(self, client: EngineClient) -> None:
+        tokenizer = Tokenizer(client.info["tokenizer_path"], client.info.get("mask_token_id"))
+        app = create_app(RequestManager(client, tokenizer, self._settings))
+        server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level=self._settings.log_level,
+                access_log=self._settings.log_level == "debug",
+                backlog=BACKLOG,
+                lifespan="off",
+                timeout_graceful_shutdown=max(1, round(self._settings.shutdown_s)),
+            )
+        )
+        serving = asyncio.create_task(server.serve(sockets=[self._listener]))
+        stop = asyncio.create_task(self._stop.wait())
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if server.started:
+            show_ready(self._console, self._url())
+        await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        client.refuse("the server is shutting down")
+        server.should_exit = True
+        await serving
+
+    def _url(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    loop: type[asyncio.AbstractEventLoop] = uvloop.Loop
+    return loop

@@ -1,0 +1,193 @@
+"""From prompts to answers: tokenizes, names each request, sends it to the engine, gathers or streams what comes back.
+
+Lives in the event loop of the HTTP process. Knows neither HTTP bodies nor the engine's inside. Whoever opens a
+Generation closes it, in a `finally`: closing an unfinished one is what tells the engine that its client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from losa_runtime.core.request import Request, ScoreSpec
+from losa_runtime.core.sampling_params import SamplingParams
+from losa_server.answer import Answer
+from losa_server.engine_client import EngineClient, Mailbox
+from losa_server.errors import RequestFailed
+from losa_server.settings import ServerSettings
+
+
+class TokenizerFace(Protocol):
+    """What the HTTP process needs of a tokenizer; `losa_runtime.tokenizer.Tokenizer` has it."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def token_text(self, token_id: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt with everything that is wanted of it.
+
+    prompt: text or token ids; field: what the client called it. label: the client's name for the request (need not be
+    unique). score_start: first prompt position whose log-probability is wanted, None for none.
+    """
+
+    prompt: str | tuple[int, ...]
+    sampling: SamplingParams
+    field: str = "text"
+    label: str | None = None
+    score_start: int | None = None
+    output_logprobs: bool = False
+    namespace: str = ""
+    priority: int = 0
+
+
+class Generation:
+    """One request on its way. `answer` is what has come so far; call `advance` for more and `close` in the end."""
+
+    def __init__(self, ask: Ask, prompt_ids: tuple[int, ...], rid: str, mailbox: Mailbox, client: EngineClient) -> None:
+        self.ask, self.prompt_ids, self.rid = ask, prompt_ids, rid
+        self.label = ask.label or rid
+        self.answer = Answer()
+        self.started = time.monotonic()
+        self.seconds: float | None = None
+        self._mailbox, self._client = mailbox, client
+
+    @property
+    def finished(self) -> bool:
+        """True when the answer is complete."""
+        return self.answer.finish is not None
+
+    async def advance(self) -> None:
+        """Wait for news and add all of them to the answer. Raises RequestFailed."""
+        try:
+            news = await self._mailbox.take()
+        except RequestFailed as error:
+            raise self._in_the_clients_words(error) from None
+        self.answer.add(news)
+        finish = self.answer.finish
+        if finish is not None:
+            self.seconds = time.monotonic() - self.started
+            if finish.type == "error":
+                raise RequestFailed(finish.status_code or 500, finish.message or "the request failed in the engine")
+
+    async def complete(self) -> Answer:
+        """The whole answer. Raises RequestFailed."""
+        while not self.finished:
+            await self.advance()
+        return self.answer
+
+    def close(self) -> None:
+        """Forget the request and, if it goes on, have it aborted. Idempotent; never waits."""
+        self._client.release(self.rid, self.finished)
+
+    def _in_the_clients_words(self, error: RequestFailed) -> RequestFailed:
+        """The engine says `prompt`; the client said `text` or `input_ids`."""
+        if error.field != "prompt":
+            return error
+        return RequestFailed(error.status_code, error.message.replace("prompt", self.ask.field, 1), self.ask.field)
+
+
+class RequestManager:
+    """Everything an HTTP route needs: generate, stream, abort, ask the engine. One per server.
+
+    tokenizer: must give the same ids as the engine's. Its `encode` is called from worker threads for long texts.
+    """
+
+    def __init__(self, client: EngineClient, tokenizer: TokenizerFace, settings: ServerSettings) -> None:
+        self.client, self.tokenizer, self.settings = client, tokenizer, settings
+        self.created = int(time.time())
+        self._live: dict[str, Generation] = {}
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The engine's facts (`Engine.info`)."""
+        return self.client.info
+
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of a text; long ones in a thread, so that other clients are not kept waiting."""
+        if len(text) < self.settings.long_text:
+            return self.tokenizer.encode(text)
+        return await asyncio.to_thread(self.tokenizer.encode, text)
+
+    async def open(self, ask: Ask) -> Generation:
+        """Send one request. The caller closes it with `close`. Raises RequestFailed or InvalidRequest."""
+        ids = tuple(await self.encode(ask.prompt)) if isinstance(ask.prompt, str) else ask.prompt
+        request = Request(
+            rid=uuid.uuid4().hex,
+            prompt_ids=ids,
+            sampling=ask.sampling,
+            score=None if ask.score_start is None else ScoreSpec(start=ask.score_start),
+            output_logprobs=ask.output_logprobs,
+            namespace=ask.namespace,
+            priority=ask.priority,
+        )
+        generation = Generation(ask, ids, request.rid, self.client.submit(request), self.client)
+        self._live[request.rid] = generation
+        return generation
+
+    async def open_all(self, asks: Sequence[Ask]) -> list[Generation]:
+        """Send several requests, all or none. Raises like `open`."""
+        opened: list[Generation] = []
+        try:
+            for ask in asks:
+                opened.append(await self.open(ask))
+        except BaseException:
+            self.close_all(opened)
+            raise
+        return opened
+
+    def close_all(self, generations: Sequence[Generation]) -> None:
+        """Close; see Generation.close."""
+        for generation in generations:
+            generation.close()
+            self._live.pop(generation.rid, None)
+
+    async def generate(self, asks: Sequence[Ask]) -> list[Generation]:
+        """Complete several prompts; finished generations in the order of `asks`.
+
+        Raises RequestFailed of the first that fails; the others are then aborted. Cancelling aborts all.
+        """
+        generations = await self.open_all(asks)
+        try:
+            async for _ in self.stream(generations):
+                pass
+        finally:
+            self.close_all(generations)
+        return generations
+
+    async def stream(self, generations: Sequence[Generation]) -> AsyncIterator[Generation]:
+        """Yield a generation each time it has news, until all have finished. Raises RequestFailed. Closes nothing."""
+        waiting = {asyncio.create_task(g.advance()): g for g in generations}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                    generation = waiting.pop(task)
+                    if not generation.finished:
+                        waiting[asyncio.create_task(generation.advance())] = generation
+                    yield generation
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)  # or asyncio logs their errors as unseen
+
+    def abort(self, label: str) -> int:
+        """Abort live requests whose label starts with `label`; how many. Their waiters get what there is so far."""
+        found = [g for g in self._live.values() if g.label.startswith(label)]
+        for generation in found:
+            self.client.abort(generation.rid)
+        return len(found)
+
+    @property
+    def live(self) -> int:
+        """Requests that somebody waits for."""
+        return len(self._live)

@@ -1,0 +1,96 @@
+"""`losa serve` as a process of its own, for tests that send signals and look at exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).parents[2]
+FAKE_ENGINE = (sys.executable, "-m", "tests.server.fake_engine_process")
+# Runs the server with another engine process than the real one.
+WITH_FAKE_ENGINE = (
+    "import sys; from losa_server import launch; from losa_server.cli import main; real = launch.serve_until_stopped;"
+    f"launch.serve_until_stopped = lambda c, s: real(c, s, {FAKE_ENGINE!r}); sys.exit(main(sys.argv[1:]))"
+)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class ServerProcess:
+    """Started on entry, killed with its engine on exit if it is still there."""
+
+    def __init__(self, *options: str, fake: bool = True, tmp: Path) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        head = ("-c", WITH_FAKE_ENGINE) if fake else ("-m", "losa_server")
+        self.command = [sys.executable, *head, "serve", "--port", str(self.port), *options]
+        self.tmp = tmp
+        self.log = tmp / "server.log"
+
+    def __enter__(self) -> Self:
+        environment = {**os.environ, "TMPDIR": str(self.tmp)}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(self.command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for child in self.children():
+            child.kill()
+        self.process.kill()
+        self.process.wait()
+
+    def children(self) -> list[psutil.Process]:
+        """The engine process, if there is one."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The engine process."""
+        (engine,) = self.children()
+        return engine
+
+    def wait_ready(self, seconds: float = 30) -> None:
+        """Until /health says 200."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.output()
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise AssertionError(f"not ready: {self.output()}")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal; the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(10)
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text()
+
+    def socket_directories(self) -> list[Path]:
+        """Socket directories that are left."""
+        return list(self.tmp.glob("losa-*"))

@@ -1,0 +1,293 @@
+"""The native routes over real HTTP and real zmq sockets, with the echo engine behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.app_server import AppServer
+from tests.server.test_generate_request import BAD
+
+
+def generate(http: httpx.Client, **body: Any) -> Any:
+    reply = http.post("/generate", json=body)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def events(http: httpx.Client, **body: Any) -> list[Any]:
+    """The events of a stream; the last one must be [DONE]."""
+    with http.stream("POST", "/generate", json={**body, "stream": True}) as reply:
+        assert reply.status_code == 200
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in reply.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_generate(http: httpx.Client) -> None:
+    answer = generate(http, text="the red fox", sampling_params={"max_new_tokens": 9})
+    meta = answer["meta_info"]
+    assert answer["text"].startswith("the red fox")
+    assert len(answer["output_ids"]) == meta["completion_tokens"] == 9
+    assert meta["finish_reason"] == {"type": "length", "length": 9}
+    assert meta["e2e_latency"] > 0
+    assert (meta["kv_density"], meta["active_share"], meta["forwards"]) == (0.25, 0.5, 3)
+    assert meta["tokens_per_forward"] == 3
+    assert "input_token_logprobs" not in meta
+
+
+def test_put_and_input_ids_and_lists(http: httpx.Client) -> None:
+    reply = http.put("/generate", json={"input_ids": [[50, 60], [70]], "sampling_params": {"max_new_tokens": 4}})
+    assert [a["output_ids"] for a in reply.json()] == [[50, 60, 50, 60], [70] * 4]
+    reply = http.post("/generate", json={"input_ids": [70], "sampling_params": {"max_new_tokens": 1}})
+    assert reply.json()["output_ids"] == [70]
+
+
+def test_n_gives_a_list(http: httpx.Client) -> None:
+    assert len(generate(http, text="fox", sampling_params={"max_new_tokens": 1, "n": 3})) == 3
+
+
+def test_many_prompts_with_params_of_their_own(http: httpx.Client) -> None:
+    texts = [f"the fox {i}" for i in range(400)]
+    answers = generate(http, text=texts, sampling_params=[{"max_new_tokens": 1 + i % 3} for i in range(400)])
+    assert [a["meta_info"]["completion_tokens"] for a in answers] == [1 + i % 3 for i in range(400)]
+
+
+def test_stop_string_is_trimmed(http: httpx.Client) -> None:
+    answer = generate(http, text="the red fox", sampling_params={"max_new_tokens": 20, "stop": " fox"})
+    assert answer["text"] == "the red"
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": " fox"}
+
+
+def test_cache_only(http: httpx.Client) -> None:
+    answer = generate(http, text="the red fox", sampling_params={"max_new_tokens": 0})
+    assert (answer["text"], answer["output_ids"]) == ("", [])
+    assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 0}
+    assert generate(http, text="", sampling_params={"max_new_tokens": 0})["meta_info"]["prompt_tokens"] == 0
+
+
+def test_stream_is_cumulative_and_ends_with_done(http: httpx.Client) -> None:
+    news = events(http, text="the red fox über 漢字", sampling_params={"max_new_tokens": 18})
+    texts = [n["text"] for n in news]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert [n["meta_info"]["finish_reason"] for n in news[:-1]] == [None] * (len(news) - 1)
+    assert news[-1]["meta_info"]["finish_reason"] == {"type": "length", "length": 18}
+    assert (
+        news[-1]["text"] == generate(http, text="the red fox über 漢字", sampling_params={"max_new_tokens": 18})["text"]
+    )
+    assert "index" not in news[0]
+
+
+def test_batch_stream_has_indices(http: httpx.Client) -> None:
+    news = events(http, text=["the fox", "a hen"], sampling_params={"max_new_tokens": 8})
+    last = {n["index"]: n["text"] for n in news}
+    assert last[0].startswith("the fox")
+    assert last[1].startswith("a hen")
+
+
+def test_output_logprobs(http: httpx.Client) -> None:
+    answer = generate(http, text="the fox", sampling_params={"max_new_tokens": 2}, return_logprob=True)
+    meta = answer["meta_info"]
+    assert meta["input_token_logprobs"] == []
+    assert meta["output_token_logprobs"] == [[-0.5, i, None] for i in answer["output_ids"]]
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_prompt_logprobs_have_the_length_that_was_asked_for(http: httpx.Client, start: int) -> None:
+    answer = generate(
+        http,
+        text="the fox and the hen!",
+        sampling_params={"max_new_tokens": 2},
+        return_logprob=True,
+        logprob_start_len=start,
+        return_text_in_logprobs=True,
+    )
+    meta = answer["meta_info"]
+    entries = meta["input_token_logprobs"]
+    assert len(entries) == meta["prompt_tokens"] - start
+    assert "".join(text for _, _, text in entries).endswith("the hen!")
+    assert all(-10_000 < value < 0 for value, _, _ in entries)
+    assert entries[-1][0] == -9999.0  # impossible, yet a number
+
+
+def test_prompt_logprobs_without_generation_start_at_0(http: httpx.Client) -> None:
+    body = {"input_ids": [[50, 60, 50]], "sampling_params": {"max_new_tokens": 0}, "return_logprob": True}
+    meta = generate(http, **body)[0]["meta_info"]
+    assert meta["input_token_logprobs"] == [[-2.0, 50, None], [-2.0, 60, None], [-1e-9, 50, None]]
+    assert meta["output_token_logprobs"] == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("body", "field"), BAD[1:], ids=[f"{i}-{f}" for i, (_, f) in enumerate(BAD[1:])])
+def test_bad_bodies(http: httpx.Client, body: dict[str, Any], field: str, stream: bool) -> None:
+    if isinstance(body.get("text"), list) and len(body["text"]) >= 40:
+        pytest.skip("over a limit that this server has set higher")
+    reply = http.post("/generate", json={"stream": stream, **body})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["field"] == field
+    assert field in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_engines_refusals_come_before_the_stream(http: httpx.Client, stream: bool) -> None:
+    for body, field in [
+        ({"text": ""}, "text"),
+        ({"input_ids": []}, "input_ids"),
+        ({"text": "the " * 5000}, "text"),
+        ({"text": "the fox", "return_logprob": True, "logprob_start_len": 50}, "logprob_start_len"),
+    ]:
+        reply = http.post("/generate", json={**body, "stream": stream})
+        assert (reply.status_code, reply.json()["error"]["field"]) == (400, field), body
+    assert http.post("/generate", json={"text": "REFUSE", "stream": stream}).status_code == 500
+    assert http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("raw", [b"{", b"[1]", b'"x"', b"nul", b"\xff", b'{"text": NaN}', b"[" * 100_000, b"7" * 5000])
+def test_broken_json(http: httpx.Client, raw: bytes) -> None:
+    reply = http.post("/generate", content=raw, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["field"] == "body"
+
+
+def test_too_large_bodies(http: httpx.Client) -> None:
+    assert http.post("/generate", content=b"x" * (2**20 + 1)).status_code == 413
+
+    def trickle() -> Any:
+        for _ in range(20):
+            yield b" " * 2**16
+
+    assert http.post("/generate", content=trickle()).status_code == 413
+
+
+def test_unknown_routes_and_methods_have_our_error_object(http: httpx.Client) -> None:
+    assert http.get("/nowhere").json()["error"]["code"] == 404
+    assert http.get("/generate").status_code == 405
+    assert "error" in http.get("/generate").json()
+
+
+def test_info_routes(http: httpx.Client, bundled: str) -> None:
+    empty = {"Content-Type": "application/json; charset=utf-8"}
+    for path in ("/health", "/ready", "/ping", "/health_generate"):
+        assert http.get(path, headers=empty).status_code == 200, path
+    for path in ("/get_model_info", "/model_info"):
+        info = http.get(path, headers=empty).json()
+        assert (info["model_path"], info["is_generation"]) == (bundled, True)
+    for path in ("/get_server_info", "/server_info", "/get_server_args"):
+        info = http.get(path, headers=empty).json()
+        assert info["internal_states"][0]["running"] == 0
+        assert info["version"]
+    card = http.get("/v1/models").json()["data"][0]
+    assert (card["id"], card["owned_by"], card["max_model_len"]) == (bundled, "sglang", 4096)
+    assert http.get(f"/v1/models/{bundled}").json() == card
+    assert http.get("/v1/models/other").status_code == 404
+
+
+def test_small_routes(http: httpx.Client) -> None:
+    ids = http.post("/tokenize", json={"prompt": "the red fox"}).json()
+    assert ids["count"] == len(ids["tokens"]) > 1
+    assert http.post("/detokenize", json={"tokens": ids["tokens"]}).json() == {"text": "the red fox"}
+    assert http.post("/tokenize", json={"text": ["a", "b"]}).json()["count"] == [1, 1]
+    assert http.post("/detokenize", json={"tokens": [ids["tokens"], []]}).json()["text"] == ["the red fox", ""]
+    assert http.post("/tokenize", json={"text": 5}).json()["error"]["field"] == "text"
+    assert http.post("/detokenize", json={"tokens": [10**9]}).json()["error"]["field"] == "tokens"
+    assert http.post("/concate_and_append_request", json={"src_rids": ["a"], "dst_rid": "b"}).status_code == 200
+    for method in ("GET", "POST"):
+        assert http.request(method, "/start_profile").status_code == 501
+        assert http.request(method, "/flush_cache", headers={"Content-Type": "application/json"}).status_code == 200
+    assert http.post("/flush_cache?timeout=soon").status_code == 400
+
+
+def test_flush_is_refused_while_requests_are_pending(http: httpx.Client, server: AppServer) -> None:
+    worker = threading.Thread(
+        target=lambda: httpx.post(f"{server.url}/generate", json={"text": "HANG", "rid": "flush"})
+    )
+    worker.start()
+    assert until(lambda: server.engine.live != {})
+    reply = http.post("/flush_cache")
+    assert (reply.status_code, "pending" in reply.json()["error"]["message"]) == (400, True)
+    threading.Timer(0.2, lambda: http.post("/abort_request", json={"rid": "flush"})).start()
+    assert http.post("/flush_cache?timeout=5").status_code == 200
+    worker.join()
+
+
+def test_abort_by_prefix_answers_the_waiting_client(http: httpx.Client, server: AppServer) -> None:
+    replies: list[httpx.Response] = []
+    body = {"text": "HANG", "rid": "job-17"}
+    worker = threading.Thread(target=lambda: replies.append(httpx.post(f"{server.url}/generate", json=body)))
+    worker.start()
+    assert until(lambda: server.engine.live != {})
+    assert http.post("/abort_request", json={"rid": "other"}).json() == {"aborted": 0}
+    assert http.post("/abort_request", json={}).json() == {"aborted": 0}
+    assert http.post("/abort_request", json={"rid": 5}).status_code == 400
+    assert http.post("/abort_request", json={"rid": "job"}).json() == {"aborted": 1}
+    worker.join(5)
+    meta = replies[0].json()["meta_info"]
+    assert (replies[0].status_code, meta["id"], meta["finish_reason"]["type"]) == (200, "job-17", "abort")
+
+
+@pytest.mark.parametrize("text", ["HANG", "SLOW fox"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_client_that_leaves_is_aborted(server: AppServer, text: str, stream: bool, count: int) -> None:
+    before = server.engine.aborted
+    body = {"text": [text] * count, "stream": stream, "sampling_params": {"max_new_tokens": 2000}}
+    with httpx.Client(base_url=server.url, timeout=httpx.Timeout(5, read=0.3)) as leaving:
+        if stream and text != "HANG":
+            with leaving.stream("POST", "/generate", json=body) as reply:
+                next(reply.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                leaving.post("/generate", json=body)
+    assert until(lambda: server.engine.aborted == before + count, 1.0)
+    assert server.engine.live == {}
+    assert server.manager.live == 0
+
+
+def test_a_failed_prompt_aborts_its_siblings(http: httpx.Client, server: AppServer) -> None:
+    before = server.engine.aborted
+    assert http.post("/generate", json={"text": ["HANG", "HANG", "REFUSE"]}).status_code == 500
+    assert until(lambda: server.engine.aborted == before + 2)
+    assert until(lambda: server.manager.live == 0)
+
+
+def test_long_texts_do_not_stop_the_event_loop(server: AppServer, http: httpx.Client) -> None:
+    lags: list[float] = []
+
+    async def measure() -> None:
+        for _ in range(40):
+            started = time.monotonic()
+            await asyncio.sleep(0.01)
+            lags.append(time.monotonic() - started - 0.01)
+
+    measuring = asyncio.run_coroutine_threadsafe(measure(), server.loop)
+    assert http.post("/generate", json={"text": "the red fox " * 80_000}).status_code == 400
+    measuring.result(10)
+    assert sorted(lags)[-2] < 0.25  # the machine is shared; the aim is 0.05
+
+
+def test_the_application_loads_no_torch() -> None:
+    code = (
+        "import sys, losa_server.cli, losa_server.http.app, losa_server.launch, losa_server.engine_process;"
+        "losa_server.cli.make_parser();"
+        "heavy = {'torch', 'losa_runtime.engine', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,70 @@
+# One screen of commands; `make` lists them. Everything runs in .venv, which `make setup` builds and keeps fresh.
+
+PYTHON ?= python3
+MODEL ?= benchmarks/tiny_model/checkpoint
+CUDA ?=
+# A package index with CPU builds of torch, for machines whose default index has only CUDA builds.
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+CONSTRAINTS := requirements/constraints.txt
+STAMP := .venv/.setup-stamp$(if $(CUDA),-cuda)
+comma := ,
+EXTRAS := dev$(if $(CUDA),$(comma)cuda)
+# PIP_CONSTRAINT also binds the isolated environment in which the package is built; -c would not.
+PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check install
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-slow soak check fmt constraints clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(STAMP) ## build .venv with pinned versions and CPU torch (CUDA=1: with the CUDA extra)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=...)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+ifdef CUDA
+	$(PIP) torch
+else
+	@# The CPU build first and by name: anything that merely needs torch might bring several GB of CUDA libraries.
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) 'torch==2.13.0+cpu' || { \
+	  echo 'No build of torch named 2.13.0+cpu; taking the default one (large on Linux: set TORCH_INDEX to avoid it).'; \
+	  $(PIP) torch; }
+endif
+	$(PIP) -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup ## the whole runtime in a minute, on the small model that comes with it
+	$(BIN)/python -m benchmarks.demo
+
+serve: setup ## serve MODEL (default: the small model that comes with the project)
+	$(BIN)/losa serve --model $(MODEL)
+
+test: setup ## the tests
+	$(BIN)/python -m pytest
+
+test-slow: setup ## longer property runs, sanitizers and real-client suites
+	$(BIN)/python -m pytest -m slow
+
+soak: setup ## long drills
+	@$(BIN)/python -m pytest -m soak || { code=$$?; test $$code -eq 5 && echo 'There are no soak drills yet.' || exit $$code; }
+
+check: setup ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: setup ## format the code and sort imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: setup ## write the versions in .venv to requirements/constraints.txt
+	@{ sed -n '/^#/!q;p' $(CONSTRAINTS); \
+	   $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/'; \
+	   sed -n '/^# Only/,$$p' $(CONSTRAINTS); } > $(CONSTRAINTS).new && mv $(CONSTRAINTS).new $(CONSTRAINTS)
+
+clean: ## remove caches and build leftovers (.venv stays)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find losa_runtime kernels server tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -52,7 +52,7 @@ class TorchBackend(AttentionBackend):
     def prefill(self, layer: int, q_RHD: Tensor, group: RowGroup) -> Tensor:
         out_RHD = torch.empty_like(q_RHD)
         for segment, start, count in zip(group.segments, group.starts, group.counts, strict=True):
-            k_GND, v_GND = self._whole(layer, segment, segment.prefix_len + count)
+            k_GND, v_GND = (x.float() for x in self._whole(layer, segment, segment.prefix_len + count))
             for first, last in _tiles(segment.prefix_len, count, group.block_length):
                 rows = slice(start + first - segment.prefix_len, start + last - segment.prefix_len)
                 seen = (k_GND[:, :last], v_GND[:, :last])

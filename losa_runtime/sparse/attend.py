@@ -63,14 +63,14 @@ class SparseAttend:
         return tuple(sorted(entries, key=lambda entry: entry.segment.start))
 
     def _party(self, name: str | None, segments: list[Segment], methods: Mapping[str, SparseMethod]) -> _Party:
-        pool, heads = self._backend.pool, self._backend.num_heads
+        pool = self._backend.pool
         group = RowGroup.of(segments, self._batch.block_length, pool.device)
         assert all(count == group.block_length for count in group.counts), "a block segment is one block"
         if name is None:
-            return _Party(group, PrefixMeter(group, (False,) * len(segments), pool, heads))
+            return _Party(group, PrefixMeter(group, (False,) * len(segments), pool))
         method, step = methods[name], DenoiseStep(group, pool.device)
         bypassed = step.whole if method.has_budget else (False,) * len(segments)
-        return _Party(group, PrefixMeter(group, bypassed, pool, heads), method, step)
+        return _Party(group, PrefixMeter(group, bypassed, pool), method, step)
 
     def _block_rows(self, layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, party: _Party) -> Tensor:
         backend, group, method, step = self._backend, party.group, party.method, party.step

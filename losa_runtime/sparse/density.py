@@ -38,13 +38,12 @@ class SegmentReport(NamedTuple):
 class PrefixMeter:
     """Adds up the plans of one group over the layers of one forward."""
 
-    def __init__(self, group: RowGroup, whole: tuple[bool, ...], pool: KVPool, num_heads: int) -> None:
-        self._group, self._whole, self._pool, self._num_heads = group, whole, pool, num_heads
+    def __init__(self, group: RowGroup, whole: tuple[bool, ...], pool: KVPool) -> None:
+        self._group, self._whole, self._pool = group, whole, pool
         segments = len(group.segments)
         self._layers = 0
-        self._dense = [True] * segments
         self._scored = [0] * segments
-        self._counts_3S = torch.zeros(3, segments, dtype=torch.float64, device=pool.device)
+        self._counts_4S = torch.zeros(4, segments, dtype=torch.float64, device=pool.device)
         self._prefix_S = torch.tensor(group.prefix_lens, device=pool.device)
 
     def add(self, plan: PrefixPlan) -> None:
@@ -53,44 +52,51 @@ class PrefixMeter:
         group, segments = self._group, len(self._group.segments)
         whole = (True,) * segments if plan.kv is None else plan.kv.whole
         for index in range(segments):
-            self._dense[index] &= plan.rows is None and whole[index]
             self._scored[index] += plan.scored is not None and plan.scored[index]
         if plan.rows is None:
             rows_S = torch.full_like(self._prefix_S, group.block_length)
         else:
             rows_S = torch.bincount(plan.rows // group.block_length, minlength=segments)
-        read_whole = torch.tensor(whole, device=rows_S.device) & (rows_S > 0)
-        share_S = read_whole.double()
-        share_q, share_kv = share_S, share_S
+        whole_S = torch.tensor(whole, device=rows_S.device)
+        share_S = (whole_S & (rows_S > 0)).double()
+        dense_S = (whole_S & (rows_S == group.block_length)).double()
+        share_q = share_kv = share_S
         if plan.kv is not None and plan.kv.indices.shape[0]:
-            share_q = share_S + self._listed(plan.kv, plan, self._num_heads)
-            share_kv = share_S + self._listed(plan.kv, plan, self._pool.num_kv_heads)
-        self._counts_3S += torch.stack((share_kv, share_q, rows_S.double()))
+            share_q = share_kv = share_S + self._listed(plan.kv, plan, self._pool.num_kv_heads)
+            if plan.kv.heads != self._pool.num_kv_heads:
+                share_q = share_S + self._listed(plan.kv, plan, plan.kv.heads)
+        self._counts_4S += torch.stack((share_kv, share_q, rows_S.double(), dense_S))
 
     def report(self) -> list[SegmentReport]:
         """One entry per segment of the group, in its order."""
-        counts = (self._counts_3S / max(self._layers, 1)).tolist()
+        counts = (self._counts_4S / max(self._layers, 1)).tolist()
         return [self._one(index, *(row[index] for row in counts)) for index in range(len(self._group.segments))]
 
-    def _one(self, index: int, kv_density: float, kv_density_q: float, active: float) -> SegmentReport:
+    def _one(self, index: int, kv_density: float, kv_density_q: float, active: float, dense: float) -> SegmentReport:
         segment, pool = self._group.segments[index], self._pool
-        vector = pool.num_kv_heads * pool.head_dim * pool.dtype.itemsize
-        kv_bytes = round(kv_density * segment.prefix_len * self._layers) * 2 * vector
+        vector = pool.head_dim * pool.dtype.itemsize
+        positions = round(kv_density * segment.prefix_len * self._layers * pool.num_kv_heads)
         pages = -(-segment.prefix_len // pool.page_size)
-        metadata = self._scored[index] * pages * pool.summary_vectors * vector
+        metadata = self._scored[index] * pages * pool.num_kv_heads * pool.summary_vectors * vector
         return SegmentReport(
-            segment, kv_density, kv_density_q, active, self._dense[index], self._whole[index], kv_bytes, metadata
+            segment,
+            kv_density,
+            kv_density_q,
+            active_rows=active,
+            dense=dense == 1.0,
+            bypassed=self._whole[index],
+            kv_bytes=positions * 2 * vector,
+            metadata_bytes=metadata,
         )
 
     def _listed(self, kv: KVIndices, plan: PrefixPlan, heads: int) -> Tensor:
-        """Share of the prefix in the lists, mean over `heads` (G or H) heads after a union inside each: [S]."""
+        """Share of the prefix in the lists, mean over `heads` (at most kv.heads) after a union inside each: [S]."""
         lists = kv.indptr.shape[0] - 1
         entry = torch.repeat_interleave(torch.arange(lists, device=kv.indptr.device), kv.indptr.diff())
         owner, head = entry // kv.heads, entry % kv.heads
         if kv.per_row:
             rows = torch.arange(lists // kv.heads, device=owner.device) if plan.rows is None else plan.rows
             owner = rows[owner] // self._group.block_length
-        repeat = max(1, heads // kv.heads)  # a list of a KV head counts once for each of its query heads
         head = head * heads // kv.heads
         index = kv.indices
         if kv.per_row or heads < kv.heads:
@@ -98,5 +104,5 @@ class PrefixMeter:
             owner, head, index = found[0], found[1], found[2]
         read = (self._prefix_S[owner] - index * plan.granule).clamp(max=plan.granule)
         total = torch.zeros(self._prefix_S.shape[0], dtype=torch.float64, device=read.device)
-        total.index_add_(0, owner, read.double() * repeat)
+        total.index_add_(0, owner, read.double())
         return total / (heads * self._prefix_S.clamp(min=1))

@@ -1,0 +1,1 @@
+"""Tests of the attention backends over a paged pool."""

@@ -1,0 +1,249 @@
+"""The torch backend against the reference, for every shape of question the seam can ask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from losa_kernels.reference import attention as ref
+from losa_kernels.reference.selection import page_scores
+from torch import Tensor
+
+from losa_runtime.attention import torch_backend
+from losa_runtime.attention.backend import (
+    AttnState,
+    BackendConfig,
+    KVIndices,
+    PrefixPlan,
+    RowGroup,
+    ScoreKind,
+    make_backend,
+)
+from losa_runtime.attention.torch_backend import TorchBackend
+from losa_runtime.cache.kv_pool import KVPool, Summary
+from losa_runtime.core.batch import ForwardMode, Segment
+from losa_runtime.core.errors import ConfigError
+
+H, G, D, B, PAGE = 6, 2, 16, 4, 8
+CPU = torch.device("cpu")
+SCALE = D**-0.5
+
+
+@pytest.fixture(params=[True, False], ids=["flash", "matmul"], autouse=True)
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything once with the CPU's flash operation and once with the plain one that other devices use."""
+    if not request.param:
+        monkeypatch.setattr(torch_backend, "_flash", lambda q: False)
+
+
+def make(dtype: torch.dtype = torch.float32) -> TorchBackend:
+    pool = KVPool(1, 40, G, PAGE, D, dtype, CPU, frozenset({Summary.KEY_BOUNDS}))
+    for tensor in (pool.k(0), pool.v(0), pool.summary(0, Summary.KEY_BOUNDS)):
+        tensor.fill_(torch.nan)
+    return TorchBackend(pool, H)
+
+
+def store(backend: TorchBackend, pages: Tensor, k: Tensor, v: Tensor, start: int = 0) -> None:
+    at = torch.arange(start, start + k.shape[0])
+    backend.store_kv(0, k, v, pages[at // PAGE] * PAGE + at % PAGE)
+
+
+def block_segment(index: int, prefix_len: int, pages: Tensor) -> Segment:
+    return Segment(ForwardMode.DENOISE, index * B, (index + 1) * B, prefix_len, pages, slot=index)
+
+
+def three_requests(backend: TorchBackend) -> RowGroup:
+    """Prefixes of 20 (a partial page), 0 and 48 positions."""
+    segments = []
+    for index, length in enumerate((20, 0, 48)):
+        pages = torch.randperm(12) + 12 * index
+        if length:
+            store(backend, pages, torch.randn(length, G, D), torch.randn(length, G, D))
+        segments.append(block_segment(index, length, pages))
+    return RowGroup.of(segments, B, CPU)
+
+
+def reference_prefix(backend: TorchBackend, group: RowGroup, index: int, q: Tensor) -> tuple[Tensor, Tensor]:
+    segment = group.segments[index]
+    caches = (backend.pool.k(0), backend.pool.v(0))
+    return ref.prefix_attention(q, *caches, segment.pages, segment.prefix_len, SCALE)
+
+
+def test_whole_prefixes_of_several_requests() -> None:
+    backend = make()
+    group, q = three_requests(backend), torch.randn(3 * B, H, D)
+    got = backend.prefix(0, q, PrefixPlan(), group)
+    for index in (0, 2):
+        rows = slice(index * B, (index + 1) * B)
+        want = reference_prefix(backend, group, index, q[rows])
+        torch.testing.assert_close((got.out_RHD[rows], got.lse_RH[rows]), want, rtol=1e-5, atol=1e-6)
+    assert not got.out_RHD[B : 2 * B].any() and bool((got.lse_RH[B : 2 * B] == -torch.inf).all())
+
+
+def test_planned_rows_only() -> None:
+    backend = make()
+    group, q = three_requests(backend), torch.randn(3 * B, H, D)
+    everything = backend.prefix(0, q, PrefixPlan(), group)
+    rows = torch.tensor([1, 5, 8, 9, 11])
+    some = backend.prefix(0, q, PrefixPlan(rows), group)
+    torch.testing.assert_close(some, AttnState(*(x[rows] for x in everything)), rtol=1e-5, atol=1e-6)
+    none = backend.prefix(0, q, PrefixPlan(torch.empty(0, dtype=torch.int64)), group)
+    assert none.out_RHD.shape == (0, H, D) and none.lse_RH.shape == (0, H)
+
+
+@pytest.mark.parametrize("heads", [G, H])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("granule", [PAGE, 1])
+def test_lists_of_every_kind(heads: int, per_row: bool, granule: int) -> None:
+    backend = make()
+    group, q = three_requests(backend), torch.randn(3 * B, H, D)
+    rows = torch.tensor([0, 2, 3, 8, 10])
+    owners = len(rows) if per_row else 3
+    prefix_of = [20, 20, 20, 48, 48] if per_row else [20, 0, 48]
+    chosen = torch.rand(owners, heads, -(-48 // granule)) < 0.5
+    for owner, length in enumerate(prefix_of):
+        chosen[owner, :, -(-length // granule) :] = False
+    chosen[owners - 1, 1] = False  # one head reads nothing
+    lists = KVIndices.from_mask(chosen, (False,) * 3)._replace(per_row=per_row)
+    got = backend.prefix(0, q, PrefixPlan(rows, lists, granule), group)
+    for place, row in enumerate(rows.tolist()):
+        segment = group.segments[row // B]
+        for head in range(H):
+            mask = chosen[place if per_row else row // B, head * heads // H].repeat_interleave(granule)
+            positions = mask.nonzero().flatten()
+            positions = positions[positions < segment.prefix_len]
+            flat = segment.pages[positions // PAGE], head * G // H, positions % PAGE
+            k, v = backend.pool.k(0)[flat], backend.pool.v(0)[flat]
+            out, lse = ref.attend(q[row, head][None], k, v, SCALE)
+            torch.testing.assert_close(got.out_RHD[place, head], out[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got.lse_RH[place, head], lse[0], rtol=1e-5, atol=1e-6)
+
+
+def test_some_segments_whole_and_some_listed() -> None:
+    backend = make()
+    group, q = three_requests(backend), torch.randn(3 * B, H, D)
+    chosen = torch.zeros(3, G, 6, dtype=torch.bool)
+    chosen[2, :, 5] = True
+    got = backend.prefix(0, q, PrefixPlan(None, KVIndices.from_mask(chosen, (True, True, False)), PAGE), group)
+    torch.testing.assert_close(got.out_RHD[:B], reference_prefix(backend, group, 0, q[:B])[0], rtol=1e-5, atol=1e-6)
+    k, v = (cache[group.segments[2].pages[5]] for cache in (backend.pool.k(0), backend.pool.v(0)))
+    out, _ = ref.attend(q[2 * B, 0][None], k[0], v[0], SCALE)
+    torch.testing.assert_close(got.out_RHD[2 * B, 0], out[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("prefix_len", "count"), [(0, 20), (8, 4), (12, 600), (508, 8)])
+def test_prefill_is_block_causal_over_pages(prefix_len: int, count: int) -> None:
+    backend = TorchBackend(KVPool(1, 90, G, PAGE, D, torch.float32, CPU, frozenset({Summary.KEY_BOUNDS})), H)
+    pages, total = torch.randperm(90), prefix_len + count
+    store(backend, pages, torch.randn(total, G, D), torch.randn(total, G, D))
+    q = torch.randn(count, H, D)
+    group = RowGroup.of([Segment(ForwardMode.PREFILL, 0, count, prefix_len, pages)], B, CPU)
+    want = ref.block_causal_attention(q, backend.pool.k(0), backend.pool.v(0), pages, prefix_len, B, SCALE)
+    torch.testing.assert_close(backend.prefill(0, q, group), want, rtol=1e-5, atol=1e-6)
+
+
+def test_prefill_is_the_same_bits_when_cut_at_tiles() -> None:
+    backend, length = make(), 2 * torch_backend.PREFILL_TILE
+    backend = TorchBackend(KVPool(1, 90, G, PAGE, D, torch.float32, CPU), H)
+    pages, q = torch.randperm(90), torch.randn(length, H, D)
+    store(backend, pages, torch.randn(length, G, D), torch.randn(length, G, D))
+
+    def run(start: int, stop: int) -> Tensor:
+        group = RowGroup.of([Segment(ForwardMode.PREFILL, 0, stop - start, start, pages)], B, CPU)
+        return backend.prefill(0, q[start:stop], group)
+
+    half = length // 2
+    assert torch.equal(run(0, length), torch.cat((run(0, half), run(half, length))))
+
+
+def test_block_attention_of_each_block() -> None:
+    backend = make()
+    group = RowGroup.of([block_segment(index, 0, torch.arange(1)) for index in range(3)], B, CPU)
+    q, k, v = torch.randn(3 * B, H, D), torch.randn(3 * B, G, D), torch.randn(3 * B, G, D)
+    got = backend.block(q, k, v, group)
+    out, lse = ref.block_attention(q.view(3, B, H, D), k.view(3, B, G, D), v.view(3, B, G, D), SCALE)
+    torch.testing.assert_close(got, AttnState(out.flatten(0, 1), lse.flatten(0, 1)), rtol=1e-5, atol=1e-6)
+    alone = RowGroup.of([block_segment(0, 0, torch.arange(1))], B, CPU)
+    assert torch.equal(backend.block(q[B : 2 * B], k[B : 2 * B], v[B : 2 * B], alone).out_RHD, got.out_RHD[B : 2 * B])
+
+
+def test_prefix_and_block_merge_to_one_softmax() -> None:
+    backend = make()
+    pages, k, v = torch.tensor([7, 3, 9]), torch.randn(24, G, D), torch.randn(24, G, D)
+    store(backend, pages, k[:20], v[:20])
+    q = torch.randn(B, H, D)
+    group = RowGroup.of([block_segment(0, 20, pages)], B, CPU)
+    merged = backend.merge(backend.prefix(0, q, PrefixPlan(), group), backend.block(q, k[20:], v[20:], group))
+    whole, _ = ref.attend(ref.fold_heads(q, G), k.transpose(0, 1), v.transpose(0, 1), SCALE)
+    torch.testing.assert_close(ref.fold_heads(merged, G), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_of_some_rows_with_padding() -> None:
+    backend = make()
+    group, q = three_requests(backend), torch.randn(3 * B, H, D)
+    rows = torch.tensor([1, 3, 8])
+    scores = backend.kv_scores(0, q, rows, ScoreKind.BOUND, PAGE, group)
+    assert scores.shape == (3, H, 6)
+    bounds = backend.pool.summary(0, Summary.KEY_BOUNDS)
+    want = page_scores(q[[1, 3]], bounds[group.segments[0].pages[:3]])
+    torch.testing.assert_close(scores[:2, :, :3], want)
+    assert bool((scores[:2, :, 3:] == -torch.inf).all()) and bool(scores[2].isfinite().all())
+
+
+def bounds_of(backend: TorchBackend, page: int) -> tuple[Tensor, Tensor]:
+    both = backend.pool.summary(0, Summary.KEY_BOUNDS)[page]
+    return both[:, 0], both[:, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_summary_of_a_page_filled_by_two_blocks(dtype: torch.dtype) -> None:
+    backend, pages = make(dtype), torch.tensor([5])
+    k = torch.randn(8, G, D)
+    kept = k.to(dtype)
+    store(backend, pages, k[:4], k[:4])
+    assert torch.equal(bounds_of(backend, 5)[0], kept[:4].amax(0))
+    store(backend, pages, k[4:], k[4:], start=4)
+    assert torch.equal(bounds_of(backend, 5)[0], kept.amax(0))
+    assert torch.equal(bounds_of(backend, 5)[1], kept.amin(0))
+
+
+def test_reused_page_shows_nothing_of_its_earlier_owner() -> None:
+    backend, pages = make(), torch.tensor([5])
+    store(backend, pages, torch.full((8, G, D), 50.0), torch.full((8, G, D), 50.0))
+    k, v, q = torch.randn(4, G, D), torch.randn(4, G, D), torch.randn(B, H, D)
+    store(backend, pages, k, v)
+    assert torch.equal(bounds_of(backend, 5)[0], k.amax(0)) and torch.equal(bounds_of(backend, 5)[1], k.amin(0))
+    group = RowGroup.of([block_segment(0, 4, pages)], B, CPU)
+    listed = KVIndices.from_mask(torch.ones(1, G, 1, dtype=torch.bool), (False,))
+    want, _ = ref.attend(ref.fold_heads(q, G), k.transpose(0, 1), v.transpose(0, 1), SCALE)
+    for plan in (PrefixPlan(), PrefixPlan(None, listed, PAGE)):
+        got = backend.prefix(0, q, plan, group).out_RHD
+        torch.testing.assert_close(ref.fold_heads(got, G), want, rtol=1e-5, atol=1e-6)
+
+
+def test_pages_in_bfloat16_are_read_as_they_were_rounded() -> None:
+    exact, rounded = make(), make(torch.bfloat16)
+    pages, k, v = torch.tensor([1, 0, 2]), torch.randn(20, G, D), torch.randn(20, G, D)
+    store(rounded, pages, k, v)
+    store(exact, pages, k.bfloat16().float(), v.bfloat16().float())
+    q, group = torch.randn(B, H, D), RowGroup.of([block_segment(0, 20, pages)], B, CPU)
+    both = [backend.prefix(0, q, PrefixPlan(), group) for backend in (exact, rounded)]
+    assert both[1].out_RHD.dtype == torch.float32
+    assert torch.equal(both[0].out_RHD, both[1].out_RHD) and torch.equal(both[0].lse_RH, both[1].lse_RH)
+
+
+def test_group_of_scattered_segments_takes_and_puts_its_rows() -> None:
+    x = torch.arange(12.0)
+    group = RowGroup.of([block_segment(0, 0, torch.arange(1)), block_segment(2, 0, torch.arange(1))], B, CPU)
+    assert group.take(x).tolist() == [0, 1, 2, 3, 8, 9, 10, 11] and group.starts == (0, 4)
+    group.put(x, torch.zeros(8))
+    assert x.tolist() == [0, 0, 0, 0, 4, 5, 6, 7, 0, 0, 0, 0]
+
+
+def test_refusals_name_the_reason() -> None:
+    config = BackendConfig(CPU, torch.float32, torch.float32, H, G, D, page_size=12, block_length=8)
+    pool = KVPool(1, 1, G, 12, D, torch.float32)
+    with pytest.raises(ConfigError, match="page size 12 and block length 8"):
+        make_backend("torch", config, pool)
+    with pytest.raises(ConfigError, match="found 'fast', allowed: torch"):
+        make_backend("fast", config._replace(page_size=8), pool)
+    assert TorchBackend.supports(config._replace(page_size=16)) is None

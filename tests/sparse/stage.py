@@ -1,0 +1,159 @@
+"""A stage for attention without a model: requests whose queries, keys and values are random but reproducible.
+
+The pool starts out as NaN, so whoever reads a position that nobody stored is found out. The rows of a request depend
+on (name, block, step, layer) alone: not on neighbours, pages, or how a prompt is cut.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from losa_runtime.attention.backend import AttentionBackend, BackendConfig, make_backend
+from losa_runtime.cache.kv_pool import KVPool
+from losa_runtime.core.batch import ActiveRule, ForwardBatch, ForwardMode, Segment, SparseParams
+from losa_runtime.sparse.attend import SparseAttend
+from losa_runtime.sparse.density import SegmentReport
+from losa_runtime.sparse.method import Geometry, declared_summaries, make_methods
+
+CPU = torch.device("cpu")
+
+
+class Sizes(NamedTuple):
+    """Defaults: three query heads per KV head, one page per block."""
+
+    layers: int = 2
+    heads: int = 6
+    kv_heads: int = 2
+    dim: int = 16
+    block: int = 8
+    page: int = 8
+    slots: int = 6
+    pages: int = 120
+
+
+class Item(NamedTuple):
+    """One segment to run. start: position of its first row."""
+
+    name: str
+    mode: ForwardMode
+    start: int
+    count: int
+    slot: int = -1
+    step: int = 0
+    sparse: SparseParams | None = None
+
+
+class Result(NamedTuple):
+    """Per layer [rows, H, D], and what was read (None for stores)."""
+
+    layers: tuple[Tensor, ...]
+    report: SegmentReport | None
+
+
+Rows = Callable[[Sizes, str, int, int, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def random_rows(sizes: Sizes, name: str, block: int, step: int, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, H, D], k, v [B, G, D] of one block. Queries drift between steps, some rows much more than others."""
+
+    def draw(what: str, heads: int, *key: int) -> Tensor:
+        seed = zlib.crc32(repr((name, what, block, layer, *key)).encode())
+        return torch.randn(sizes.block, heads, sizes.dim, generator=torch.Generator().manual_seed(seed))
+
+    q = draw("q", sizes.heads)
+    for past in range(1, step + 1):
+        drift = torch.rand(sizes.block, generator=torch.Generator().manual_seed(past * 977 + block)) ** 4
+        q = q + drift[:, None, None] * draw("drift", sizes.heads, past)
+    return q, draw("k", sizes.kv_heads, step), draw("v", sizes.kv_heads, step)
+
+
+class Stage:
+    """Pool, backend and methods, and the page tables of named requests."""
+
+    def __init__(
+        self,
+        sizes: Sizes | None = None,
+        dtype: torch.dtype = torch.float32,
+        rows: Rows = random_rows,
+        seed: int = 0,
+    ) -> None:
+        self.sizes = s = sizes or Sizes()
+        self.rows = rows
+        self.pool = KVPool(s.layers, s.pages, s.kv_heads, s.page, s.dim, dtype, CPU, declared_summaries())
+        for layer in range(s.layers):
+            for tensor in (self.pool.k(layer), self.pool.v(layer)):
+                tensor.fill_(torch.nan)
+            for kind in self.pool.summaries:
+                self.pool.summary(layer, kind).fill_(torch.nan)
+        config = BackendConfig(CPU, torch.float32, dtype, s.heads, s.kv_heads, s.dim, s.page, s.block)
+        self.backend: AttentionBackend = make_backend("torch", config, self.pool)
+        self.geometry = Geometry(s.layers, s.heads, s.kv_heads, s.dim, s.block, s.page, s.slots, CPU)
+        self.methods = make_methods(self.geometry)
+        self._free = torch.randperm(s.pages, generator=torch.Generator().manual_seed(seed)).tolist()
+        self.tables: dict[str, list[int]] = {}
+
+    def table(self, name: str, tokens: int) -> Tensor:
+        """The request's page table, grown to cover `tokens` positions."""
+        table = self.tables.setdefault(name, [])
+        while len(table) * self.sizes.page < tokens:
+            table.append(self._free.pop())
+        return torch.tensor(table, dtype=torch.int64)
+
+    def drop(self, name: str) -> None:
+        """Give the pages back; the next request takes them first, dirty as they are."""
+        self._free.extend(reversed(self.tables.pop(name)))
+
+    def forward(self, *items: Item) -> list[Result]:
+        """Run the items (stores first) in one batch."""
+        segments, locations, row = [], [], 0
+        for item in items:
+            pages = self.table(item.name, item.start + (item.count if item.mode.stores else 0))
+            stop = row + item.count
+            segments.append(Segment(item.mode, row, stop, item.start, pages, item.slot, item.step, item.sparse))
+            if item.mode.stores:
+                at = torch.arange(item.start, item.start + item.count)
+                locations.append(pages[at // self.sizes.page] * self.sizes.page + at % self.sizes.page)
+            row = stop
+        empty = torch.zeros(row, dtype=torch.int64)
+        where = torch.cat(locations) if locations else empty[:0]
+        attend = SparseAttend(
+            self.backend, self.methods, ForwardBatch(empty, empty, tuple(segments), where, self.sizes.block)
+        )
+        outs = [attend(layer, *self._inputs(items, layer)) for layer in range(self.sizes.layers)]
+        reports = {report.segment.start: report for report in attend.report()}
+        return [Result(tuple(o[s.start : s.stop].clone() for o in outs), reports.get(s.start)) for s in segments]
+
+    def prefill(self, name: str, tokens: int, start: int = 0) -> None:
+        """Store the prompt in one go."""
+        if tokens > start:
+            self.forward(Item(name, ForwardMode.PREFILL, start, tokens - start))
+
+    def denoise(self, name: str, start: int, sparse: SparseParams, steps: int = 4, slot: int = 0) -> list[Result]:
+        """All steps of one block, alone in their batches."""
+        return [self.forward(denoise_item(name, start, sparse, step, slot, self.sizes))[0] for step in range(steps)]
+
+    def _inputs(self, items: tuple[Item, ...], layer: int) -> list[Tensor]:
+        length = self.sizes.block
+        parts = [
+            self.rows(self.sizes, item.name, (item.start + at) // length, item.step, layer)
+            for item in items
+            for at in range(0, item.count, length)
+        ]
+        return [torch.cat(kind) for kind in zip(*parts, strict=True)]
+
+
+def denoise_item(name: str, start: int, sparse: SparseParams, step: int, slot: int, sizes: Sizes) -> Item:
+    """OPEN for step 0, DENOISE after it."""
+    mode = ForwardMode.DENOISE if step else ForwardMode.OPEN
+    return Item(name, mode, start, sizes.block, slot, step, sparse)
+
+
+def params(method: str, budget: int = 16, active: float = 3, kind: str = "count") -> SparseParams:
+    """Settled parameters without going through `resolve`."""
+    assert kind in ("count", "ratio", "tau")
+    return SparseParams(method, budget, ActiveRule(kind, active))  # type: ignore[arg-type]

@@ -212,6 +212,8 @@ def _num_pages(
         requests = min(CPU_POOL_CONTEXTS, config.max_running_requests)
         pages = min(pages, -(-requests * context_length // config.page_size))
     if pages < least:
-        raise ConfigError(f"mem_fraction: found {config.mem_fraction}, too little for a page pool ({free >> 20} MiB free)")
+        raise ConfigError(
+            f"mem_fraction: found {config.mem_fraction}, too little for a page pool ({free >> 20} MiB free)"
+        )
     logger.info("max_total_tokens auto: %d (%d MiB)", pages * config.page_size, pages * page_bytes >> 20)
     return pages

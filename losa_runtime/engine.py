@@ -113,7 +113,9 @@ class Engine:
         outside = np.flatnonzero((tokens < 0) | (tokens >= size) | (tokens == mask))
         if outside.size:
             at = int(outside[0])
-            raise InvalidRequest(f"input_ids.{at}", ids[at], f"0 to {size - 1} without MASK ({mask}): no holes in a prompt")
+            raise InvalidRequest(
+                f"input_ids.{at}", ids[at], f"0 to {size - 1} without MASK ({mask}): no holes in a prompt"
+            )
 
     def _settle(self, request: Request) -> ReqSettings:
         params, tokenizer = request.sampling, self.parts.tokenizer

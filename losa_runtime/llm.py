@@ -37,7 +37,9 @@ class LLM:
 
     def __init__(self, model: str, **options: Any) -> None:
         options.setdefault("show_progress", False)
-        options.setdefault("max_queued_requests", 1 << 30)  # nobody else is waiting: the caller holds all prompts anyway
+        options.setdefault(
+            "max_queued_requests", 1 << 30
+        )  # nobody else is waiting: the caller holds all prompts anyway
         self.engine = Engine(EngineConfig.parse(model=str(model), **options))
         self.tokenizer = self.engine.parts.tokenizer
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from losa_runtime.models.random_checkpoint import write_random_checkpoint
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring

@@ -54,9 +54,7 @@ class RadixCache:
         self.unit, self.page_size = unit, page_size
         self._roots: dict[str, Node] = {}
         self._clock = 0
-        self._candidates: list[
-            tuple[int, int, Node]
-        ] = []  # lazy heap of (last_used, tie, leaf)
+        self._candidates: list[tuple[int, int, Node]] = []  # lazy heap of (last_used, tie, leaf)
         self._tie = 0
         self.cached_pages = 0  # pages in the tree
         self.evictable_pages = 0  # of those, on no locked path

@@ -110,9 +110,9 @@ class Unmasker:
         def per_row(values: Sequence[float | int], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device).repeat_interleave(repeat)
 
-        position_R = torch.from_numpy(
-            np.concatenate([_offsets(item.candidates) + item.start for item in items])
-        ).to(device)
+        position_R = torch.from_numpy(np.concatenate([_offsets(item.candidates) + item.start for item in items])).to(
+            device
+        )
         seed_R = per_row([c.seed for c in contexts], torch.int64)
         step_R = per_row([item.step for item in items], torch.int64)
         rows = SamplingRows(
@@ -134,7 +134,9 @@ class Unmasker:
                 new = item.tokens[item.known :]
                 new = new[new != self.mask_token_id]
                 output = np.concatenate([context.output, new]).tolist()
-                requests.append(PenaltyRows(range(start, start + size), context.prompt.tolist(), output, context.sampling))
+                requests.append(
+                    PenaltyRows(range(start, start + size), context.prompt.tolist(), output, context.sampling)
+                )
             start += size
         return requests
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from losa_runtime.cache.page_pool import PagePool
 from losa_runtime.cache.prefix_cache import Lease, PrefixCache
 

@@ -7,8 +7,9 @@ parity with an independent implementation is a test of its own).
 from __future__ import annotations
 
 import torch
-from losa_runtime.models.model import BlockDiffusionModel
 from torch import Tensor
+
+from losa_runtime.models.model import BlockDiffusionModel
 
 
 def forward(model: BlockDiffusionModel, tokens: list[int]) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from losa_runtime import LLM, SamplingParams
-from losa_runtime.core.sampling_params import DiffusionParams
 from torch import Tensor
 
+from losa_runtime import LLM, SamplingParams
+from losa_runtime.core.sampling_params import DiffusionParams
 from tests.engine import plain_loop
 
 RULES = ["sequential", "low_confidence_static", "low_confidence_dynamic"]

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from losa_runtime import LLM, SamplingParams
 from losa_runtime.core.errors import CheckpointError, ConfigError, InvalidRequest, QueueFull
 from losa_runtime.core.request import Request, RequestOutput, ScoreSpec
 from losa_runtime.core.sampling_params import DiffusionParams
-from torch import Tensor
 
 PROMPT = list(range(30, 60))
 

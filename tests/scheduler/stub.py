@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from losa_runtime.cache.prefix_cache import PrefixCache
 from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
 from losa_runtime.core.decoding_params import DecodingParams
@@ -30,8 +31,17 @@ class IdText:
 class World:
     """A scheduler with a stub in place of the runner. `content` maps each page to the tokens whose K/V it holds."""
 
-    def __init__(self, pages: int, block: int = 4, page: int = 4, running: int = 4, budget: int = 16,
-                 fuse: bool = True, queue: int = 64, reuse: bool = True) -> None:
+    def __init__(
+        self,
+        pages: int,
+        block: int = 4,
+        page: int = 4,
+        running: int = 4,
+        budget: int = 16,
+        fuse: bool = True,
+        queue: int = 64,
+        reuse: bool = True,
+    ) -> None:
         self.block, self.page = block, page
         self.cache = PrefixCache(pages, page, block, reuse=reuse)
         limits = SchedulerLimits(block, MASK, running, queue, budget, fuse)
@@ -42,16 +52,31 @@ class World:
         self.rounds: list[Round] = []
         self.failing: set[int] = set()  # positions at which the stub has no usable result
 
-    def add(self, rid: str, prompt: list[int], new: int, stop: tuple[int, ...] = (), score: int | None = None,
-            namespace: str = "") -> None:
+    def add(
+        self,
+        rid: str,
+        prompt: list[int],
+        new: int,
+        stop: tuple[int, ...] = (),
+        score: int | None = None,
+        namespace: str = "",
+    ) -> None:
         request = Request(
-            rid=rid, prompt_ids=tuple(prompt), sampling=SamplingParams(max_new_tokens=new),
-            score=None if score is None else ScoreSpec(start=score), namespace=namespace,
+            rid=rid,
+            prompt_ids=tuple(prompt),
+            sampling=SamplingParams(max_new_tokens=new),
+            score=None if score is None else ScoreSpec(start=score),
+            namespace=namespace,
         )
         settings = ReqSettings(
-            seed=0, limit=len(prompt) + new, stop_ids=frozenset(stop), ban_always=(), ban_early=(),
+            seed=0,
+            limit=len(prompt) + new,
+            stop_ids=frozenset(stop),
+            ban_always=(),
+            ban_early=(),
             sparse=SparseParams("dense", 16, ActiveRule("count", 1)),
-            decoding=DecodingParams("sequential", 0.9, self.block), text=TextStream(IdText(), (), False),
+            decoding=DecodingParams("sequential", 0.9, self.block),
+            text=TextStream(IdText(), (), False),
         )
         self.scheduler.add(Req(request, settings, self.arrivals, self.block))
         self.outputs[rid] = []

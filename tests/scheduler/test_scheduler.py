@@ -6,9 +6,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from losa_runtime.core.batch import ForwardMode
 from losa_runtime.core.errors import InvalidRequest, QueueFull
-
 from tests.scheduler.stub import World
 
 

@@ -1,4 +1,4 @@
-"""A forward that needs no model: tokens are a function of position, acceptance of a seed. And a text that is its ids."""
+"""A forward without a model: tokens are a function of position. And a text that is one letter per token."""
 
 from __future__ import annotations
 

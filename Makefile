@@ -62,7 +62,7 @@ fmt: setup ## format the code and sort imports
 
 constraints: setup ## write the versions in .venv to requirements/constraints.txt
 	@{ sed -n '/^#/!q;p' $(CONSTRAINTS); \
-	   $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/'; \
+	   $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | sed -E 's/^(torch==[0-9.]+)\+.*/\1/'; \
 	   sed -n '/^# Only/,$$p' $(CONSTRAINTS); } > $(CONSTRAINTS).new && mv $(CONSTRAINTS).new $(CONSTRAINTS)
 
 clean: ## remove caches and build leftovers (.venv stays)

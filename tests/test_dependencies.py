@@ -1,0 +1,101 @@
+"""Every declared dependency is there: a package that is missing fails here, it never makes another test be skipped."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# Import names that differ from the distribution's name, and commands that have none (None).
+IMPORT_NAMES = {
+    "pyzmq": "zmq",
+    "import-linter": "importlinter",
+    "pytest-timeout": "pytest_timeout",
+    "huggingface-hub": "huggingface_hub",
+    "ruff": None,
+}
+# Part of the public face of a declared package: fastapi is made of starlette.
+CARRIED = {"starlette"}
+
+
+def declared(*groups: list[str]) -> list[Requirement]:
+    requirements = [Requirement(line) for group in groups for line in group]
+    return [r for r in requirements if r.name != PROJECT["name"]]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
+    return {canonicalize_name(name): pin for name, _, pin in (line.partition("==") for line in lines) if pin}
+
+
+NEEDED = declared(PROJECT["dependencies"], EXTRAS["frontend"], EXTRAS["dev"])
+
+
+@pytest.mark.parametrize("requirement", NEEDED, ids=lambda r: r.name)
+def test_is_installed_in_a_fitting_version(requirement: Requirement) -> None:
+    assert requirement.specifier.contains(version(requirement.name), prereleases=True)
+
+
+@pytest.mark.parametrize("requirement", NEEDED, ids=lambda r: r.name)
+def test_can_be_imported(requirement: Requirement) -> None:
+    name = IMPORT_NAMES.get(canonicalize_name(requirement.name), requirement.name)
+    if name is not None:
+        import_module(name)
+
+
+@pytest.mark.parametrize("requirement", NEEDED, ids=lambda r: r.name)
+def test_is_pinned_in_a_fitting_version(requirement: Requirement) -> None:
+    assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)], prereleases=True)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Roots of a file's absolute imports, without those inside a `try` that does without the package."""
+    tree = ast.parse(path.read_text())
+    optional = {
+        inner
+        for block in ast.walk(tree)
+        if isinstance(block, ast.Try) and any("ImportError" in ast.unparse(h.type) for h in block.handlers if h.type)
+        for inner in ast.walk(block)
+    }
+    roots: set[str] = set()
+    for node in ast.walk(tree):
+        if node in optional:
+            continue
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            roots.add(node.module.split(".")[0])
+    return roots
+
+
+def test_what_the_packages_import_is_declared() -> None:
+    """A package that merely happens to be installed here is missing on the next machine."""
+    own = {"losa_runtime": "", "losa_kernels": "kernels", "losa_server": "server"}
+    files = [path for name, folder in own.items() for path in (ROOT / folder / name).rglob("*.py")]
+    assert len(files) > 60
+    declared_names = {canonicalize_name(r.name) for r in declared(PROJECT["dependencies"])}
+    allowed = {IMPORT_NAMES.get(name) or name for name in declared_names} | set(own) | CARRIED | sys.stdlib_module_names
+    missing = {str(p.relative_to(ROOT)): gone for p in files if (gone := imports_of(p) - allowed)}
+    assert missing == {}
+
+
+def test_dev_brings_the_frontend() -> None:
+    assert "losa-runtime[frontend]" in EXTRAS["dev"]
+
+
+def test_pins_are_exact_and_name_no_place() -> None:
+    text = (ROOT / "requirements" / "constraints.txt").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert len(lines) > 50
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []

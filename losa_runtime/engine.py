@@ -46,6 +46,7 @@ class Engine:
                 max_queued=config.max_queued_requests,
                 prefill_budget=max(config.chunked_prefill_size, self.parts.model_config.block_length),
                 fuse_commit=not config.disable_fused_commit,
+                policy=config.schedule_policy,
             ),
         )
         self._arrivals = 0

@@ -30,13 +30,18 @@ class Lease:
 
 
 class PrefixCache:
-    """The pool and the tree together. reuse=False keeps the leases but shares nothing between requests."""
+    """The pool and the tree together.
 
-    def __init__(self, num_pages: int, page_size: int, block_length: int, reuse: bool = True) -> None:
+    by_frequency: see RadixCache. reuse=False keeps the leases but shares nothing between requests.
+    """
+
+    def __init__(
+        self, num_pages: int, page_size: int, block_length: int, reuse: bool = True, by_frequency: bool = False
+    ) -> None:
         assert page_size % block_length == 0 or block_length % page_size == 0
         self.page_size, self.unit, self.reuse = page_size, max(page_size, block_length), reuse
         self.pool = PagePool(num_pages)
-        self.tree = RadixCache(self.unit, page_size)
+        self.tree = RadixCache(self.unit, page_size, by_frequency)
         self._leases: set[Lease] = set()
         self.evicted_pages = 0
 
@@ -44,6 +49,10 @@ class PrefixCache:
     def available(self) -> int:
         """Pages that could be had now: free ones and those that eviction would free."""
         return self.pool.free + self.tree.evictable_pages
+
+    def peek(self, namespace: str, tokens: TokenIds) -> int:
+        """Tokens that `open` would find in the cache."""
+        return self.tree.peek(namespace, tokens[: tokens.size - tokens.size % self.unit]) if self.reuse else 0
 
     def open(self, namespace: str, tokens: TokenIds, capacity: int) -> Lease:
         """A lease of at most `capacity` pages that begins with the longest cached prefix of `tokens` (whole units)."""

@@ -25,12 +25,12 @@ _NO_PAGES: PageIds = np.empty(0, dtype=np.int64)
 class Node:
     """An edge and its end: `tokens` (a multiple of the unit) and the pages that hold their K/V."""
 
-    __slots__ = ("children", "last_used", "locks", "offered", "pages", "parent", "tokens")
+    __slots__ = ("children", "hits", "last_used", "locks", "offered", "pages", "parent", "tokens")
 
     def __init__(self, parent: Node | None, tokens: TokenIds, pages: PageIds, last_used: int) -> None:
         self.parent, self.tokens, self.pages, self.last_used = parent, tokens, pages, last_used
         self.children: dict[bytes, Node] = {}
-        self.locks = 0
+        self.locks = self.hits = 0
         self.offered = False  # has an entry in the tree's heap of eviction candidates
 
 
@@ -43,18 +43,19 @@ class CacheHandle(NamedTuple):
 
 
 class RadixCache:
-    """Prefix tree with reference locks and least-recently-used eviction of unlocked leaves.
+    """Prefix tree with reference locks and eviction of unlocked leaves.
 
+    by_frequency: evict the leaf with the fewest hits (the older of equals) instead of the least recently used one.
     unit: tokens per unit, a multiple of page_size and of the block length. One root per namespace: requests of
     different namespaces can neither share nor probe each other's prefixes.
     """
 
-    def __init__(self, unit: int, page_size: int) -> None:
+    def __init__(self, unit: int, page_size: int, by_frequency: bool = False) -> None:
         assert unit % page_size == 0
-        self.unit, self.page_size = unit, page_size
+        self.unit, self.page_size, self.by_frequency = unit, page_size, by_frequency
         self._roots: dict[str, Node] = {}
         self._clock = 0
-        self._candidates: list[tuple[int, int, Node]] = []  # lazy heap of (last_used, tie, leaf)
+        self._candidates: list[tuple[int, int, int, Node]] = []  # lazy heap of (*rank, tie, leaf)
         self._tie = 0
         self.cached_pages = 0  # pages in the tree
         self.evictable_pages = 0  # of those, on no locked path
@@ -74,10 +75,23 @@ class RadixCache:
             if common < child.tokens.size:
                 child = self._split(child, common)
             child.last_used = self._clock
+            child.hits += 1
             pages.append(child.pages)
             done += common
             node = child
         return CacheHandle(node, done, np.concatenate(pages) if pages else _NO_PAGES)
+
+    def peek(self, namespace: str, tokens: TokenIds) -> int:
+        """How many tokens `match` would find; changes nothing."""
+        node, done = self._roots.get(namespace), 0
+        while node is not None and done < tokens.size:
+            child = node.children.get(self._key(tokens, done))
+            if child is None:
+                break
+            common = self._common(child.tokens, tokens[done:])
+            done += common
+            node = child if common == child.tokens.size else None
+        return done
 
     def insert(self, namespace: str, tokens: TokenIds, pages: PageIds) -> tuple[CacheHandle, int]:
         """Store a prefix (whole units). Returns the handle of the whole path and the number of tokens that were
@@ -117,11 +131,11 @@ class RadixCache:
         freed: list[PageIds] = []
         total = 0
         while total < count and self._candidates:
-            used, _, node = heapq.heappop(self._candidates)
+            *rank, _, node = heapq.heappop(self._candidates)
             node.offered = False
             if not self._evictable(node):
                 continue
-            if used != node.last_used:  # touched since it was offered
+            if tuple(rank) != self._rank(node):  # touched since it was offered
                 self._offer(node)
                 continue
             parent = node.parent
@@ -159,7 +173,7 @@ class RadixCache:
         assert parent is not None and 0 < at < node.tokens.size
         cut = at // self.page_size
         upper = Node(parent, node.tokens[:at], node.pages[:cut], node.last_used)
-        upper.locks = node.locks
+        upper.locks, upper.hits = node.locks, node.hits
         parent.children[self._key(upper.tokens, 0)] = upper
         node.parent, node.tokens, node.pages = upper, node.tokens[at:], node.pages[cut:]
         upper.children[self._key(node.tokens, 0)] = node
@@ -172,7 +186,11 @@ class RadixCache:
         if not node.offered and self._evictable(node):
             node.offered = True
             self._tie += 1
-            heapq.heappush(self._candidates, (node.last_used, self._tie, node))
+            heapq.heappush(self._candidates, (*self._rank(node), self._tie, node))
+
+    def _rank(self, node: Node) -> tuple[int, int]:
+        """Leaves of the lowest rank are evicted first."""
+        return (node.hits if self.by_frequency else 0), node.last_used
 
     @staticmethod
     def _path(node: Node | None) -> Iterator[Node]:

@@ -18,6 +18,7 @@ from losa_runtime.core.errors import InvalidRequest, QueueFull
 from losa_runtime.core.request import FinishReason, RequestOutput
 from losa_runtime.core.work import BlockResult, Ids, Round, WorkItem
 from losa_runtime.scheduler.block import DiffusionBlock
+from losa_runtime.scheduler.policy import Policy, in_order
 from losa_runtime.scheduler.progress import News, after_step, to_output
 from losa_runtime.scheduler.req import Req
 
@@ -26,7 +27,8 @@ LOOKAHEAD = 32  # waiting requests considered per round, so that a long queue co
 
 class SchedulerLimits(NamedTuple):
     """block_length, mask_token_id: of the model. max_running, max_queued: requests. prefill_budget: tokens of prompt
-    (and rows of scoring) per round. fuse_commit: a commit shares its forward with the next block's first step."""
+    (and rows of scoring) per round. fuse_commit: a commit shares its forward with the next block's first step. policy:
+    see `in_order`."""
 
     block_length: int
     mask_token_id: int
@@ -34,6 +36,7 @@ class SchedulerLimits(NamedTuple):
     max_queued: int
     prefill_budget: int
     fuse_commit: bool
+    policy: Policy = "fcfs"
 
 
 class Scheduler:
@@ -53,6 +56,8 @@ class Scheduler:
 
     def add(self, req: Req) -> None:
         """Queue a request. Raises InvalidRequest if it can never fit, QueueFull if the queue is at its limit."""
+        if req.request.priority and self.limits.policy != "priority":
+            raise InvalidRequest("priority", req.request.priority, "0 or null (the schedule policy is not `priority`)")
         pages = self._pages(req.tokens.size)
         if pages > self.cache.pool.num_pages:
             raise InvalidRequest(
@@ -193,31 +198,31 @@ class Scheduler:
         self.waiting.appendleft(req)
 
     def _admit(self) -> None:
-        """Let waiting requests in while there are slots and pages; those that will share a prefix which is being
-        prefilled right now wait for it."""
-        passed: list[Req] = []
-        while self.waiting and self._slots and len(passed) < LOOKAHEAD:
-            req = self.waiting.popleft()
+        """Let waiting requests in, in the policy's order, while there are slots and pages; those that will share a
+        prefix which is being prefilled right now wait for it."""
+        if not self.waiting or not self._slots:
+            return
+        for req in in_order(self.limits.policy, self.waiting, self.cache)[:LOOKAHEAD]:
             known = req.tokens[: req.prefill_target]
             lease = self.cache.open(req.request.namespace, known, self._pages(req.tokens.size))
             hit = lease.count * self.cache.page_size
             if self._prefix_in_flight(req, hit):
                 self.cache.close(lease)
-                passed.append(req)
                 continue
             reserve = self._pages(self.limits.block_length) * len(self.running)
             need = self._pages(req.prefill_target) - lease.count
             if (self.running and need + reserve > self.cache.available) or not self.cache.grow(lease, known.size):
                 self.cache.close(lease)
-                passed.append(req)
                 break
+            self.waiting.remove(req)
             req.lease, req.committed, req.slot = lease, hit, self._slots.pop()
             if req.cached_tokens is None:
                 req.cached_tokens = hit
                 self.prompt_tokens += req.prompt_len
                 self.hit_tokens += hit
             self.running.append(req)
-        self.waiting.extendleft(reversed(passed))
+            if not self._slots:
+                break
 
     def _prefix_in_flight(self, req: Req, hit: int) -> bool:
         """True if a running prefill will soon provide more of this prefix than the cache has now."""

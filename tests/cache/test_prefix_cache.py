@@ -104,6 +104,31 @@ def test_eviction_takes_the_oldest_unlocked_leaf_and_spares_locked_paths() -> No
     assert kept.count == 1
 
 
+def test_eviction_by_frequency_keeps_what_is_used_often() -> None:
+    cache = PrefixCache(3, page_size=4, block_length=4, by_frequency=True)
+    often, once = fill(cache, ids(1, 1, 1, 1)), fill(cache, ids(2, 2, 2, 2))
+    cache.close(often)
+    for _ in range(3):
+        cache.close(cache.open("", ids(1, 1, 1, 1), 4))
+    cache.close(once)
+    cache.close(cache.open("", ids(2, 2, 2, 2), 4))  # the more recent one
+    lease = cache.open("", ids(), 4)
+    assert cache.grow(lease, 8)
+    assert cache.peek("", ids(1, 1, 1, 1)) == 4 and cache.peek("", ids(2, 2, 2, 2)) == 0
+
+
+def test_peek_says_what_match_finds_and_changes_nothing() -> None:
+    cache = PrefixCache(16, page_size=4, block_length=4)
+    cache.close(fill(cache, ids(*range(12))))
+    for tokens in (ids(*range(12)), ids(*range(10)), ids(*range(4), 9, 9, 9, 9), ids(9)):
+        nodes = sum(1 for _ in cache.tree.nodes())
+        peeked = cache.peek("", tokens)
+        assert sum(1 for _ in cache.tree.nodes()) == nodes
+        lease = cache.open("", tokens, 16)
+        assert lease.count * 4 == peeked
+        cache.close(lease)
+
+
 def test_without_reuse_nothing_is_shared() -> None:
     cache = PrefixCache(8, page_size=4, block_length=4, reuse=False)
     cache.close(fill(cache, ids(*range(8))))

@@ -10,6 +10,7 @@ from losa_runtime.core.decoding_params import DecodingParams
 from losa_runtime.core.request import Request, RequestOutput, ScoreSpec
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem
+from losa_runtime.scheduler.policy import Policy
 from losa_runtime.scheduler.req import Req, ReqSettings
 from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
 from losa_runtime.text_stream import TextStream
@@ -41,10 +42,11 @@ class World:
         fuse: bool = True,
         queue: int = 64,
         reuse: bool = True,
+        policy: Policy = "fcfs",
     ) -> None:
         self.block, self.page = block, page
         self.cache = PrefixCache(pages, page, block, reuse=reuse)
-        limits = SchedulerLimits(block, MASK, running, queue, budget, fuse)
+        limits = SchedulerLimits(block, MASK, running, queue, budget, fuse, policy)
         self.scheduler = Scheduler(self.cache, limits)
         self.content: dict[int, tuple[int, ...]] = {}
         self.outputs: dict[str, list[RequestOutput]] = {}
@@ -60,6 +62,7 @@ class World:
         stop: tuple[int, ...] = (),
         score: int | None = None,
         namespace: str = "",
+        priority: int = 0,
     ) -> None:
         request = Request(
             rid=rid,
@@ -67,6 +70,7 @@ class World:
             sampling=SamplingParams(max_new_tokens=new),
             score=None if score is None else ScoreSpec(start=score),
             namespace=namespace,
+            priority=priority,
         )
         settings = ReqSettings(
             seed=0,

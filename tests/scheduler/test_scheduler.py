@@ -172,6 +172,36 @@ def test_under_pressure_the_youngest_gives_way_and_comes_out_the_same() -> None:
     assert all(world.tokens(r) == expected(5, 16) for r in "abc")
 
 
+def order_of_ends(world: World) -> list[str]:
+    ends: list[str] = []
+    while world.scheduler.has_work:
+        world.step()
+        ends += [rid for rid in world.outputs if world.terminal(rid) and rid not in ends]
+    return ends
+
+
+def test_priority_decides_who_is_admitted_and_needs_its_policy() -> None:
+    world = World(pages=32, running=1, policy="priority")
+    for rid, priority in [("a", 0), ("b", 5), ("c", -1), ("d", 5)]:
+        world.add(rid, [1, 2, 3], 2, priority=priority)
+    assert order_of_ends(world) == ["b", "d", "a", "c"]
+    with pytest.raises(InvalidRequest, match="priority"):
+        World(pages=32).add("a", [1], 1, priority=1)
+
+
+def test_longest_prefix_match_serves_what_is_cached_first() -> None:
+    world = World(pages=64, running=1, policy="lpm")
+    world.add("warm", list(range(16)), 0)
+    world.drain()
+    for rid, prompt in [("none", [9] * 8), ("four", [*range(4), 9, 9, 9, 9]), ("all", list(range(16)))]:
+        world.add(rid, prompt, 1)
+    assert order_of_ends(world) == ["warm", "all", "four", "none"]
+    as_they_come = World(pages=64, running=1)
+    for rid in "abc":
+        as_they_come.add(rid, [1, 2, 3], 2)
+    assert order_of_ends(as_they_come) == ["a", "b", "c"]
+
+
 def test_abort_ends_queued_and_running_requests_once() -> None:
     world = World(pages=32, running=1)
     world.add("a", list(range(5)), 30)

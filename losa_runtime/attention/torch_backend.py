@@ -10,10 +10,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from losa_kernels.reference import attention as ref
-from losa_kernels.reference import paging, selection
 from torch import Tensor
 
+from losa_kernels.reference import attention as ref
+from losa_kernels.reference import paging, selection
 from losa_runtime.attention.backend import (
     AttentionBackend,
     AttnState,
@@ -142,9 +142,10 @@ class TorchBackend(AttentionBackend):
         positions_EN, listed_EN = _positions(kv, owner, granule, segment.prefix_len)
         if positions_EN.shape[1] == 0:
             return torch.zeros_like(q_RHD, dtype=torch.float32), q_RHD.new_full(q_RHD.shape[:2], -torch.inf).float()
-        of_head = torch.arange(kv.heads, device=q_RHD.device) * self.pool.num_kv_heads // kv.heads
-        caches = (self.pool.k(layer), self.pool.v(layer))
-        k, v = (paging.gather_positions(cache, segment.pages, positions_EN, of_head)[None] for cache in caches)
+        kv_heads = self.pool.num_kv_heads
+        of_head = torch.arange(kv.heads, device=q_RHD.device) * kv_heads // kv.heads
+        place = paging.position_rows(segment.pages, positions_EN, of_head, kv_heads, self.pool.page_size)
+        k, v = (paging.gather_rows(cache, place)[None] for cache in (self.pool.k(layer), self.pool.v(layer)))
         q = ref.fold_heads(q_RHD, kv.heads)[None]
         if bool(listed_EN.all()):
             out, lse = self._softmax(q, k, v)

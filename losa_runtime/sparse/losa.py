@@ -20,9 +20,9 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from losa_kernels.reference.selection import active_rows, query_change
 from torch import Tensor
 
+from losa_kernels.reference.selection import active_rows, query_change
 from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.sparse.method import DenoiseStep, Geometry, SparseMethod

@@ -57,6 +57,7 @@ class DenoiseStep:
         self.group, self._device = group, device
         self.params: tuple[SparseParams, ...] = tuple(p for p in params if p is not None)
         self.slots = tuple(segment.slot for segment in group.segments)
+        assert len(set(self.slots)) == len(self.slots), f"two segments share a slot: {self.slots}"
         self.opens = tuple(segment.mode is ForwardMode.OPEN for segment in group.segments)
         pairs = zip(group.prefix_lens, self.params, strict=True)
         self.whole = tuple(prefix_len <= p.token_budget for prefix_len, p in pairs)

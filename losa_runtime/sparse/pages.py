@@ -6,9 +6,9 @@ R rows, S segments, B block length, H query heads, G KV heads, D head dim, P pag
 from __future__ import annotations
 
 import torch
-from losa_kernels.reference.selection import share_scores, top_pages, union_rows
 from torch import Tensor
 
+from losa_kernels.reference.selection import share_scores, top_pages, union_rows
 from losa_runtime.attention.backend import AttentionBackend, KVIndices, PrefixPlan, ScoreKind
 from losa_runtime.sparse.method import DenoiseStep, Geometry
 

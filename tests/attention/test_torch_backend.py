@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from losa_kernels.reference import attention as ref
-from losa_kernels.reference.selection import page_scores
 from torch import Tensor
 
+from losa_kernels.reference import attention as ref
+from losa_kernels.reference.selection import page_scores
 from losa_runtime.attention import torch_backend
 from losa_runtime.attention.backend import (
     AttnState,

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from losa_kernels.reference.attention import (
     attend,
     block_attention,
@@ -19,7 +21,6 @@ from losa_kernels.reference.attention import (
     unfold_heads,
 )
 from losa_kernels.reference.paging import store_rows
-from torch import Tensor
 
 SCALE = 0.25
 

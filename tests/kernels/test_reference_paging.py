@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import torch
-from losa_kernels.reference.paging import gather_pages, gather_positions, key_bounds, store_rows, touched_pages
+
+from losa_kernels.reference.paging import (
+    gather_pages,
+    gather_rows,
+    key_bounds,
+    position_rows,
+    store_rows,
+    touched_pages,
+)
 
 
 def test_rows_come_back_from_where_they_were_stored() -> None:
@@ -16,7 +24,7 @@ def test_rows_come_back_from_where_they_were_stored() -> None:
     assert torch.equal(gather_pages(cache, pages), kept.transpose(0, 1))
     assert not cache[[1, 3]].any()
     wanted = torch.tensor([[5, 0], [1, 4]])
-    got = gather_positions(cache, pages, wanted, torch.tensor([1, 0]))
+    got = gather_rows(cache, position_rows(pages, wanted, torch.tensor([1, 0]), 2, 3))
     assert torch.equal(got, torch.stack((kept[wanted[0], 1], kept[wanted[1], 0])))
 
 

@@ -125,7 +125,9 @@ class Stage:
             self.backend, self.methods, ForwardBatch(empty, empty, tuple(segments), where, self.sizes.block)
         )
         outs = [attend(layer, *self._inputs(items, layer)) for layer in range(self.sizes.layers)]
-        reports = {report.segment.start: report for report in attend.report()}
+        blocks = [segment for segment in segments if not segment.mode.stores]
+        reports = {s.start: report for s, report in zip(blocks, attend.report(), strict=True)}
+        assert all(report.segment.start == start for start, report in reports.items())
         return [Result(tuple(o[s.start : s.stop].clone() for o in outs), reports.get(s.start)) for s in segments]
 
     def prefill(self, name: str, tokens: int, start: int = 0) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from losa_runtime.core.batch import ForwardMode
 from losa_runtime.sparse.method import METHODS
-from tests.sparse.stage import Item, Result, Sizes, Stage, denoise_item, params
+from tests.sparse.stage import Item, Result, Sizes, Stage, denoise_item, params, random_rows
 
 LOSA, QUEST, DENSE = params("losa"), params("quest"), params("dense")
 
@@ -112,6 +113,22 @@ def test_a_prompt_cut_into_chunks_fills_the_same_pages(sizes: Sizes) -> None:
             one, two = (stage.pool.summary(layer, kind)[stage.table("r", 96)] for stage in (whole, cut))
             assert torch.equal(one, two)
     assert equal(whole.denoise("r", 96, QUEST, 1)[0], cut.denoise("r", 96, QUEST, 1)[0])
+
+
+@pytest.mark.parametrize(("weight", "density"), [(1.0, 0.8), (9.0, 0.2)])
+def test_density_counts_only_the_filled_part_of_the_last_page(weight: float, density: float) -> None:
+    """A page of 16 and one with 4 positions in it: selecting one of them reads 16 or 4 of 20."""
+
+    def weighted(s: Sizes, name: str, block: int, step: int, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = random_rows(s, name, block, step, layer)
+        return q, k * (weight if block == 4 else 3.0), v
+
+    sizes = Sizes(layers=1, heads=2, kv_heads=1, block=4, page=16)
+    stage = Stage(sizes, rows=weighted)
+    stage.prefill("r", 20)
+    report = stage.denoise("r", 20, params("quest", budget=16), 1)[0].report
+    assert report is not None and report.kv_density == pytest.approx(density)
+    assert report.kv_bytes == 20 * density * 2 * sizes.dim * 4
 
 
 @pytest.mark.parametrize("method", METHODS)

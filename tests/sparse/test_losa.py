@@ -96,6 +96,17 @@ def test_change_is_measured_against_the_previous_step_per_layer() -> None:
     assert changed.nonzero().flatten().tolist() == [5]
 
 
+@pytest.mark.parametrize(
+    ("rule", "value", "rows"),
+    [("count", 5, 5), ("ratio", 0.5, 4), ("ratio", 0.01, 1), ("ratio", 0.26, 3)],
+)
+def test_active_rules_and_their_rounding(rule: str, value: float, rows: int) -> None:
+    stage = Stage()
+    stage.prefill("r", PROMPT)
+    report = stage.denoise("r", PROMPT, params("losa", active=value, kind=rule), 2)[1].report
+    assert report is not None and report.active_rows == rows
+
+
 def test_one_remembered_step_does_not_reach_another_slot() -> None:
     stage, sparse = Stage(), params("losa", active=0)
     for name in ("a", "b"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losa_kernels.reference.paging import gather_pages, gather_positions
+from losa_kernels.reference.paging import gather_pages, gather_rows, position_rows
 
 
 def fold_heads(q_RHD: Tensor, groups: int) -> Tensor:
@@ -89,9 +89,10 @@ def listed_attention(
     positions_En: int64, E = G (one list per KV head) or E = H lists, padded with any stored position where the
     bool listed_En is False.
     """
-    lists, heads = positions_En.shape[0], k_cache.shape[1]
+    lists, (heads, page_size) = positions_En.shape[0], k_cache.shape[1:3]
     of_head = torch.arange(lists, device=pages.device) * heads // lists
-    k, v = (gather_positions(cache, pages, positions_En, of_head) for cache in (k_cache, v_cache))
+    place = position_rows(pages, positions_En, of_head, heads, page_size)
+    k, v = (gather_rows(cache, place) for cache in (k_cache, v_cache))
     got = attend(fold_heads(q_RHD, lists), k, v, scale, listed_En[:, None, :])
     return unfold_heads(*got, rows=q_RHD.shape[0])
 

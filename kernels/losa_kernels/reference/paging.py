@@ -24,14 +24,19 @@ def gather_pages(cache: Tensor, pages_n: Tensor) -> Tensor:
     return tiles.view(num_heads, -1, dim)
 
 
-def gather_positions(cache: Tensor, pages: Tensor, positions_En: Tensor, heads_E: Tensor) -> Tensor:
-    """Single positions of one request: [E, n, D], where list e reads KV head heads_E[e].
+def position_rows(pages: Tensor, positions_En: Tensor, heads_E: Tensor, num_heads: int, page_size: int) -> Tensor:
+    """Where positions of one request lie in a cache seen as [P * G * page_size, D]: int64 [E, n].
 
-    pages: the request's page table; a position p lies in pages[p // page_size].
+    pages: the request's page table; a position p lies in pages[p // page_size]. List e reads KV head heads_E[e].
     """
-    num_heads, page_size, dim = cache.shape[1:]
-    row = (pages[positions_En // page_size] * num_heads + heads_E[:, None]) * page_size + positions_En % page_size
-    return cache.view(-1, dim).index_select(0, row.flatten()).view(*positions_En.shape, dim)
+    tile_En = pages[positions_En // page_size] * num_heads + heads_E[:, None]
+    return tile_En * page_size + positions_En % page_size
+
+
+def gather_rows(cache: Tensor, rows_En: Tensor) -> Tensor:
+    """The D-vectors at `position_rows`: [E, n, D], in the cache's dtype."""
+    dim = cache.shape[3]
+    return cache.view(-1, dim).index_select(0, rows_En.flatten()).view(*rows_En.shape, dim)
 
 
 def touched_pages(locations_T: Tensor, page_size: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ def page_scores(q_RHD: Tensor, bounds_PG2D: Tensor) -> Tensor:
     pages, groups = bounds_PG2D.shape[:2]
     q_GXD = q_RHD.float().view(rows, groups, -1, dim).transpose(0, 1).reshape(groups, -1, dim)
     halves = torch.cat((q_GXD.clamp(min=0.0), q_GXD.clamp(max=0.0)), dim=-1)
-    bounds = bounds_PG2D.float().permute(1, 2, 3, 0).reshape(groups, 2 * dim, pages)
+    bounds = bounds_PG2D.float().flatten(2).permute(1, 2, 0)  # [G, 2 D, P], a view
     scores = (halves @ bounds).view(groups, rows, heads // groups, pages)
     return scores.transpose(0, 1).reshape(rows, heads, pages)
 

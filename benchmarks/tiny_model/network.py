@@ -23,11 +23,11 @@ class Shape:
     vocab_size: int = 1637
     hidden_size: int = 256
     intermediate_size: int = 512
-    num_hidden_layers: int = 5
+    num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
-    rope_theta: float = 1e7
+    rope_theta: float = 1e8
     rms_norm_eps: float = 1e-6
 
     def dict(self) -> dict:
@@ -299,21 +299,61 @@ class Network(nn.Module):
         shape, depth = self.shape, self.shape.num_hidden_layers
         h, d = shape.hidden_size, shape.head_dim
         H, G = shape.num_attention_heads, shape.num_key_value_heads
-        nn.init.normal_(self.model.embed_tokens.weight, std=0.5)
-        self.lm_head.weight.copy_(self.model.embed_tokens.weight * (1 / h**0.5))
+        scale = 0.02
+        for p in self.parameters():
+            if p.ndim > 1:
+                nn.init.normal_(p, std=scale)
+        for layer in self.model.layers:
+            for p in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                p.weight.mul_((2 * depth) ** -0.5)
+        if not mimetic:
+            return
+        embedding = self.model.embed_tokens.weight
+        nn.init.normal_(embedding, std=0.1)
+        common = torch.nn.functional.normalize(torch.randn(h), dim=0)
+        embedding.sub_((embedding @ common)[:, None] * common)
+        self.lm_head.weight.copy_(0.3 * embedding)
+        embedding.add_(0.1 * h**0.5 * common)
         for index, layer in enumerate(self.model.layers):
             attn = layer.self_attn
-            for p in (attn.q_proj, attn.k_proj, attn.v_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
-                nn.init.normal_(p.weight, std=h**-0.5)
-            nn.init.normal_(layer.mlp.down_proj.weight, std=0.5 * shape.intermediate_size**-0.5 / depth**0.5)
-            nn.init.normal_(attn.o_proj.weight, std=0.5 * (H * d) ** -0.5)
-            if mimetic:
-                k = attn.k_proj.weight.view(G, 1, d, h)
-                noise = torch.randn(G, H // G, d, h) * h**-0.5
-                if index:
-                    attn.q_proj.weight.copy_((mimetic * k + (1 - mimetic**2) ** 0.5 * noise).reshape(H * d, h))
+            if index == 0:
+                self.look_back(attn, common)
+            else:
+                k = attn.k_proj.weight
+                k.sub_((k @ common)[:, None] * common)
+                noise = torch.randn(G, H // G, d, h) * scale
+                mixed = mimetic * k.view(G, 1, d, h) + (1 - mimetic**2) ** 0.5 * noise
+                attn.q_proj.weight.copy_(mixed.reshape(H * d, h))
+            if index < 3:
                 values = attn.v_proj.weight.view(G, 1, d, h).expand(G, H // G, d, h).reshape(H * d, h)
-                attn.o_proj.weight.copy_(values.T * (0.7 * G / H) + 0.3 * attn.o_proj.weight)
+                attn.o_proj.weight.copy_(values.T)
+
+    @torch.no_grad()
+    def look_back(self, attn: Attention, common: Tensor) -> None:
+        """Give the first layer's heads a view of the tokens just before, near and farther, by rotary phase alone.
+
+        All embeddings share one direction. Keys read it into a few rotary frequencies; a query reads it into the same
+        frequencies turned by the wished distance, so the score peaks there.
+        """
+        shape = self.shape
+        d, half = shape.head_dim, shape.head_dim // 2
+        repeat = shape.num_attention_heads // shape.num_key_value_heads
+        speed = shape.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
+        strength = 0.02 * shape.hidden_size**0.5
+        bands = [(0.03, 1.1), (0.015, 0.25)]
+        distances = [1.0, 3.0, 4.0, 9.0]
+        for head in range(shape.num_attention_heads):
+            group = head // repeat
+            low, high = bands[group % 2]
+            used = ((speed >= low) & (speed <= high)).float()
+            used *= (half / used.sum()) ** 0.5
+            # q(i) k(j) peaks where i - j = distance: turn the query back by `distance` positions
+            angle = -distances[head % 4] * speed
+            turned = torch.cat((used * angle.cos(), used * angle.sin()))
+            flat = torch.cat((used, torch.zeros(half)))
+            attn.q_proj.weight[head * d : (head + 1) * d].add_(strength * turned[:, None] * common)
+            if head % repeat == 0:
+                attn.k_proj.weight[group * d : (group + 1) * d].add_(strength * flat[:, None] * common)
 
     def hidden(self, ids: Tensor, layout: Layout) -> Tensor:
         """Final hidden states."""

@@ -10,7 +10,7 @@ import random
 
 from benchmarks.tiny_model.batches import Recipe
 
-FIRST = {"multi_key": 0.9, "multi_value": 0.1}
+FIRST = {"multi_key": 0.6, "variable": 0.4}
 ALL = {"multi_key": 0.4, "multi_query": 0.2, "multi_value": 0.15, "variable": 0.25}
 
 
@@ -19,13 +19,12 @@ def stages(schedule: str) -> list[Recipe]:
     if schedule != "main":
         raise ValueError(f"unknown schedule {schedule!r}")
     return [
-        Recipe(128, 8, 8, (2, 6), FIRST),
-        Recipe(256, 6, 12, (4, 14), FIRST),
-        Recipe(256, 6, 12, (4, 14), ALL, gap=64),
-        Recipe(512, 4, 16, (6, 28), ALL, gap=256),
-        Recipe(1024, 2, 24, (12, 60), ALL, gap=1000),
-        Recipe(2048, 1, 32, (20, 110), ALL, gap=1800),
-        Recipe(4096, 1, 32, (30, 220), ALL, gap=1700),
+        Recipe(256, 4, 12, (4, 14), FIRST),
+        Recipe(256, 4, 12, (4, 14), ALL, gap=64),
+        Recipe(512, 2, 16, (6, 28), ALL, gap=256),
+        Recipe(1024, 1, 24, (12, 60), ALL, gap=1000),
+        Recipe(2048, 1, 24, (20, 110), ALL, gap=1800),
+        Recipe(4096, 1, 24, (30, 220), ALL, gap=1700),
     ]
 
 

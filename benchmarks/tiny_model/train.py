@@ -15,10 +15,13 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from benchmarks.tiny_model import network
 from benchmarks.tiny_model.batches import IGNORE, LENGTH, Batch, Recipe, make_batch, make_cloze
+from benchmarks.tiny_model.circuit import install
 from benchmarks.tiny_model.network import BLOCK, Layout, Network, Shape, additive, block_causal, rope_table
 from benchmarks.tiny_model.network import segment_visibility
 from benchmarks.tiny_model.stages import stage_recipe, stages
@@ -42,7 +45,7 @@ def question_layout(shape: Shape, batch: Batch) -> Layout:
     )
 
 
-def question_loss(net: Network, batch: Batch) -> tuple[torch.Tensor, dict[str, list[bool]]]:
+def question_loss(net: Network, batch: Batch) -> tuple[torch.Tensor, dict[str, list[float]]]:
     """Weighted cross-entropy on masked answer positions, and whole-answer hits of fully masked blocks by task."""
     B, n, S = batch.ids.shape
     T = batch.doc.shape[1]
@@ -56,10 +59,15 @@ def question_loss(net: Network, batch: Batch) -> tuple[torch.Tensor, dict[str, l
     right = torch.ones(B * n * S, dtype=torch.bool)
     right[asked] = logits.argmax(-1) == target[asked]
     right |= weight == 0.05  # the fill behind the answer does not count
-    hits: dict[str, list[bool]] = {}
+    hits: dict[str, list[float]] = {}
+    counted = ((target != IGNORE) & (weight > 0.05)).view(B, n, S)  # ~task: share of right tokens at all mask rates
+    share = (right.view(B, n, S) & counted).sum(-1) / counted.sum(-1).clamp(min=1)
+    for b in range(B):
+        for i in range(n):
+            hits.setdefault("~" + batch.tasks[b][i], []).append(float(share[b, i]))
     first = right.view(B, n, -1, BLOCK)[:, :, (S // BLOCK) - 3].all(-1)
     for b, i in batch.whole.nonzero().tolist():
-        hits.setdefault(batch.tasks[b][i], []).append(bool(first[b, i]))
+        hits.setdefault(batch.tasks[b][i], []).append(float(first[b, i]))
     return loss, hits
 
 
@@ -81,8 +89,8 @@ def cloze_loss(net: Network, both: torch.Tensor, target: torch.Tensor, weight: t
 class Trainer:
     """Network, optimizer and curriculum position, with their file."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
+    def __init__(self, args: argparse.Namespace, rank: int):
+        self.args, self.rank = args, rank
         self.folder = HERE / "runs" / args.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = load(HERE / "checkpoint")
@@ -95,6 +103,8 @@ class Trainer:
             intermediate_size=2 * args.hidden,
         )
         self.net = Network(shape, gain=args.gain, mimetic=args.mimetic, seed=args.seed)
+        if args.circuit:
+            install(self.net, self.tokenizer)
         gains = [p for n, p in self.net.named_parameters() if p.ndim == 1]
         rest = [p for n, p in self.net.named_parameters() if p.ndim > 1]
         groups = [{"params": rest, "weight_decay": 0.02}, {"params": gains, "weight_decay": 0.0}]
@@ -129,22 +139,40 @@ class Trainer:
             rate *= max(0.02, min(1.0, ends_in / (60 * self.args.decay_minutes)))
         return rate
 
+    def agree(self, ends_in: float) -> float:
+        """Rank 0 decides on the stage and on the time left, so that all ranks do the same."""
+        decided = torch.tensor([self.stage, self.since, ends_in], dtype=torch.float64)
+        dist.broadcast(decided, 0)
+        self.stage, self.since = int(decided[0]), int(decided[1])
+        return float(decided[2])
+
+    def average_gradients(self) -> None:
+        """Mean of all ranks' gradients, in one message."""
+        grads = [p.grad for p in self.net.parameters()]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for grad, mean in zip(grads, flat.split([g.numel() for g in grads])):
+            grad.copy_(mean.view_as(grad))
+
     def run(self) -> None:
         """Train until the time is over."""
         begin, table = time.time(), stages(self.args.schedule)
         recent: dict[str, list[float]] = {}
         losses: list[float] = []
-        while (ends_in := begin + 60 * self.args.minutes - time.time()) > 0:
+        while (ends_in := self.agree(begin + 60 * self.args.minutes - time.time())) > 0:
             started = time.time()
-            rng = random.Random(f"train {self.args.seed} {self.step}")
+            rng = random.Random(f"train {self.args.seed} {self.step} {self.rank}")
+            same = random.Random(f"recipe {self.args.seed} {self.step}")
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(ends_in)
-            loss, hits = question_loss(self.net, make_batch(rng, self.tokenizer, stage_recipe(rng, table, self.stage)))
+            loss, hits = question_loss(self.net, make_batch(rng, self.tokenizer, stage_recipe(same, table, self.stage)))
             loss.backward()
-            if self.step % 4 == 0:
-                cloze = cloze_loss(self.net, *make_cloze(rng, self.tokenizer, 256, 6))
+            if self.step % 6 == 0:
+                cloze = cloze_loss(self.net, *make_cloze(rng, self.tokenizer, 256, 4))
                 (self.args.cloze * cloze).backward()
-                recent.setdefault("cloze", []).append(cloze.item())
+                recent["cloze"] = recent.get("cloze", [])[-9:] + [cloze.item()]
+            self.average_gradients()
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -153,11 +181,12 @@ class Trainer:
             losses.append(loss.item())
             for task, marks in hits.items():
                 recent.setdefault(task, []).extend(marks)
-            if self.step % 20 == 0:
+            if self.rank == 0 and self.step % 20 == 0:
                 self.report(losses, recent, table)
-            if self.step % 200 == 0:
+            if self.rank == 0 and self.step % 100 == 0:
                 self.save()
-        self.save()
+        if self.rank == 0:
+            self.save()
 
     def report(self, losses: list[float], recent: dict[str, list[float]], table: list[Recipe]) -> None:
         """One log line; then the stage advances if its accuracy is reached."""
@@ -172,10 +201,20 @@ class Trainer:
             del marks[:-400]
         if not math.isfinite(line["loss"]):
             raise RuntimeError("the loss is not finite")
+        # the measure covers the whole mixture, so shorter documents of earlier stages count too
         learned = parts.get("multi_key", 0) > self.args.advance and self.since >= 60
         if learned and self.stage + 1 < len(table):
             self.stage, self.since = self.stage + 1, 0
             recent.clear()
+
+
+def work(rank: int, args: argparse.Namespace, store: str) -> None:
+    """One rank: its own core and its own documents; gradients are averaged every step."""
+    torch.set_num_threads(args.threads)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
+    network.compile_pieces()
+    Trainer(args, rank).run()
+    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -183,12 +222,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default="main")
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="per rank")
+    parser.add_argument("--ranks", type=int, default=2, help="data-parallel processes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--gain", type=float, default=1.5)
-    parser.add_argument("--mimetic", type=float, default=0.9)
-    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--gain", type=float, default=1.2)
+    parser.add_argument("--mimetic", type=float, default=0.0)
+    parser.add_argument("--circuit", type=int, default=1, help="1: structured initialisation")
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
@@ -197,9 +238,10 @@ def main() -> None:
     parser.add_argument("--schedule", default="main")
     parser.add_argument("--decay-minutes", type=float, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    network.compile_pieces()
-    Trainer(args).run()
+    store = HERE / "runs" / args.name / "store"
+    store.parent.mkdir(parents=True, exist_ok=True)
+    store.unlink(missing_ok=True)
+    mp.spawn(work, (args, str(store)), nprocs=args.ranks)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def accept(algorithms: Sequence[DecodingAlgorithm], candidates: Candidates) -> T
     accepted_R = torch.zeros_like(candidates.token_R, dtype=torch.bool)
     block_R = candidates.block_R
     for algorithm in dict.fromkeys(algorithms):
+        assert candidates.entropy_R is not None or not algorithm.needs_entropy, "sampled without the entropy it needs"
         mine_S = torch.tensor([a is algorithm for a in algorithms], device=block_R.device)
         mine_R = mine_S[block_R]
         accepted_R[mine_R] = algorithm.accept(_select(candidates, mine_S, mine_R))

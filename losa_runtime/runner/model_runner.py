@@ -40,7 +40,7 @@ class ModelRunner:
         for method in self.methods.values():
             for slot in work.released:
                 method.release(slot)
-        batch = self._batch(work.items)
+        batch = self.tensors(work.items)
         attend = SparseAttend(self.backend, self.methods, batch)
         hidden_TC = self.model(batch.tokens_T, batch.positions_T, attend)
         blocks = [item for item in work.items if not item.mode.stores]
@@ -48,7 +48,8 @@ class ModelRunner:
         reports = attend.report()
         return [r._replace(cost=_cost(report)) for r, report in zip(results, reports, strict=True)]
 
-    def _batch(self, items: Sequence[WorkItem]) -> ForwardBatch:
+    def tensors(self, items: Sequence[WorkItem]) -> ForwardBatch:
+        """The ragged rows of a round on the device."""
         segments: list[Segment] = []
         locations: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
         page_size = self.backend.pool.page_size

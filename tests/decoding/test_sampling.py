@@ -156,6 +156,22 @@ def test_a_large_vocabulary_gives_the_same_alone_and_in_passes() -> None:
     assert int(got.token_R[r]) == oracle.draw(p, kept, float(rows.uniform_R[r]))
 
 
+def test_bans_find_their_rows_in_later_passes() -> None:
+    R, V = 70, 100_000
+    best = torch.arange(R) * 7 + 10
+    logits = torch.zeros(R, V)
+    logits[torch.arange(R), best] = 5.0
+    odd = torch.arange(1, R, 2)
+    got = sample(logits, rows_of([(0.0, -1, 1.0, 0.0, 0.0)] * R), Bans(MASK, V, odd, best[odd]))
+    assert got.token_R.tolist() == [0 if r % 2 else 10 + 7 * r for r in range(R)]
+
+
+def test_a_number_on_the_border_belongs_to_the_next_token() -> None:
+    logits = torch.tensor([[-99.0, 1.0, 1.0, 9.0, -99.0]] * 2)
+    got = sample(logits, rows_of([(1.0, 2, 1.0, 0.0, 0.5), (1.0, 2, 1.0, 0.0, 0.5 - 2.0**-54)]), Bans(MASK, 5))
+    assert got.token_R.tolist() == [2, 1]
+
+
 def many(logits: list[float], count: int, **parameters: float) -> torch.Tensor:
     """Tokens of `count` rows with the same logits and parameters, each with its own random number."""
     positions = torch.arange(count)

@@ -24,6 +24,7 @@ log = logging.getLogger("losa.channel")
 MAX_MESSAGE_BYTES = 64 * 2**20
 # Frames that may wait in a socket. The request manager bounds the live requests far below this.
 HIGH_WATER_MARK = 20_000
+MAX_DIRECTORY_LENGTH = 75
 
 
 class MessageTooLarge(Exception):
@@ -38,7 +39,9 @@ class SocketDirectory:
     """A private directory (mode 0700) for the sockets of one engine life. Whoever made it calls `remove`."""
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="losa-"))
+        # A socket's path must be shorter than 108 bytes; some temporary directories are too deep for that.
+        deep = len(tempfile.gettempdir()) > MAX_DIRECTORY_LENGTH
+        self.path = Path(tempfile.mkdtemp(prefix="losa-", dir="/tmp" if deep else None))
 
     def address(self, direction: Direction) -> str:
         """The zmq address of one direction."""

@@ -12,7 +12,6 @@ import logging
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.request import Request, RequestOutput
 from losa_server.channel import AsyncReceiver, AsyncSender, MessageTooLarge, SocketDirectory, checked
 from losa_server.errors import EngineUnavailable, RequestFailed
+from losa_server.mailbox import Mailbox
 from losa_server.messages import (
     TO_ENGINE,
     TO_FRONTEND,
@@ -41,36 +41,6 @@ from losa_server.messages import (
 log = logging.getLogger("losa.server")
 
 ENGINE_COMMAND = (sys.executable, "-m", "losa_server.engine_process")
-
-
-class Mailbox:
-    """News of one request, in order. Bounded by the request's own length: one output per finished block."""
-
-    def __init__(self) -> None:
-        self._news: deque[RequestOutput] = deque()
-        self._failure: RequestFailed | None = None
-        self._arrived = asyncio.Event()
-
-    def put(self, output: RequestOutput) -> None:
-        """Add news."""
-        self._news.append(output)
-        self._arrived.set()
-
-    def fail(self, failure: RequestFailed) -> None:
-        """End the request; whoever takes next gets this error, after the news that came before it."""
-        self._failure = self._failure or failure
-        self._arrived.set()
-
-    async def take(self) -> list[RequestOutput]:
-        """All news since the last call, at least one. Raises RequestFailed when the request ended without a result."""
-        while not self._news:
-            if self._failure is not None:
-                raise self._failure
-            self._arrived.clear()
-            await self._arrived.wait()
-        news = list(self._news)
-        self._news.clear()
-        return news
 
 
 class EngineClient:

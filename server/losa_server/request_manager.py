@@ -16,8 +16,9 @@ from typing import Any, Protocol
 from losa_runtime.core.request import Request, ScoreSpec
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_server.answer import Answer
-from losa_server.engine_client import EngineClient, Mailbox
+from losa_server.engine_client import EngineClient
 from losa_server.errors import RequestFailed
+from losa_server.mailbox import Mailbox
 from losa_server.settings import ServerSettings
 
 

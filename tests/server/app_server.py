@@ -8,6 +8,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import uvicorn
+
+from losa_runtime.core.config import EngineConfig
 from losa_server.channel import Receiver, Sender
 from losa_server.engine_client import EngineClient
 from losa_server.engine_process import EngineLoop
@@ -16,8 +18,6 @@ from losa_server.launch import take_port
 from losa_server.messages import TO_ENGINE, TO_FRONTEND, EngineReady
 from losa_server.request_manager import RequestManager
 from losa_server.settings import ServerSettings
-
-from losa_runtime.core.config import EngineConfig
 from tests.server.fake_engine import FakeEngine
 
 

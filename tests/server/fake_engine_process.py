@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from losa_server.engine_process import main
-
 from tests.server.fake_engine import FakeEngine
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from losa_server.cli import main as losa
-from losa_server.cli import make_parser
-from losa_server.commands.engine_flags import config_from
 
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import ConfigError
+from losa_server.cli import main as losa
+from losa_server.cli import make_parser
+from losa_server.commands.engine_flags import config_from
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -26,7 +26,7 @@ OPTIONS = """
 --max-running-requests 4 --max-total-tokens 4096 --page-size 32 --chunked-prefill-size 64 --random-seed 7
 --disable-radix-cache --attention-backend torch --device cpu --sparse-method losa --token-budget 256
 --active-ratio 0.5 --algorithm low_confidence_static --threshold 0.8 --denoising-steps 4 --block-length 8
---mask-token-id 3 --max-queued-requests 9
+--mask-token-id 3 --max-queued-requests 9 --schedule-policy lpm --radix-eviction-policy lfu
 """
 
 
@@ -37,7 +37,8 @@ def test_every_option_arrives() -> None:
         max_running_requests=4, max_total_tokens=4096, page_size=32, chunked_prefill_size=64, random_seed=7,
         disable_radix_cache=True, attention_backend="torch", device="cpu", sparse_method="losa", token_budget=256,
         active_ratio=0.5, algorithm="low_confidence_static", threshold=0.8, denoising_steps=4, block_length=8,
-        mask_token_id=3, max_queued_requests=9, rope_scaling={"kind": "yarn", "factor": 2.0},
+        mask_token_id=3, max_queued_requests=9, schedule_policy="lpm", radix_eviction_policy="lfu",
+        rope_scaling={"kind": "yarn", "factor": 2.0},
     )  # fmt: skip
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from losa_server.http.generate_request import parse_generate
 
 from losa_runtime.core.errors import InvalidRequest
+from losa_server.http.generate_request import parse_generate
 
 SELECT = {
     "sampling_params": {"max_new_tokens": 0, "temperature": 0},

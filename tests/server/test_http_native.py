@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -260,6 +261,24 @@ def test_a_client_that_leaves_is_aborted(server: AppServer, text: str, stream: b
     assert until(lambda: server.engine.aborted == before + count, 1.0)
     assert server.engine.live == {}
     assert server.manager.live == 0
+
+
+def test_clients_that_leave_leave_nothing_behind(server: AppServer) -> None:
+    async def tasks() -> int:
+        return len(asyncio.all_tasks())
+
+    def leave(i: int) -> None:
+        body = {"text": ["HANG"] * (1 + i % 2), "stream": i % 3 != 0}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/generate", json=body, timeout=httpx.Timeout(5, read=0.02 + i % 5 * 0.03))
+
+    before = server.call(tasks())
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(leave, range(60)))
+    assert until(lambda: server.engine.live == {}, 3.0)
+    assert server.manager.live == 0
+    assert server.client._mailboxes == {}
+    assert until(lambda: server.call(tasks()) <= before + 2, 3.0)
 
 
 def test_a_failed_prompt_aborts_its_siblings(http: httpx.Client, server: AppServer) -> None:

@@ -11,6 +11,9 @@ import threading
 from pathlib import Path
 
 import pytest
+
+from losa_runtime.core.request import FinishReason, Request, RequestOutput, ScoreSpec
+from losa_runtime.core.sampling_params import SamplingParams
 from losa_server import channel
 from losa_server.channel import AsyncReceiver, AsyncSender, Inbox, MessageTooLarge, Receiver, Sender, SocketDirectory
 from losa_server.messages import (
@@ -31,9 +34,6 @@ from losa_server.messages import (
     TokenOutputs,
     encode,
 )
-
-from losa_runtime.core.request import FinishReason, Request, RequestOutput, ScoreSpec
-from losa_runtime.core.sampling_params import SamplingParams
 
 REQUEST = Request(
     rid="r1",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from losa_runtime.core.config import EngineConfig
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # Names of rope_scaling fields in Hugging Face configs -> ours.
 _ROPE_NAMES = {"type": "kind", "rope_type": "kind"}
@@ -27,9 +25,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="checkpoint folder or hub id",
     )
     _add(model, "--tokenizer-path", "--tokenizer", dest="tokenizer", metavar="PATH", help="default: the model's")
-    _add(model, "--dtype", choices=DTYPES, help="of weights and activations")
-    _add(model, "--device", choices=("auto", "cpu", "cuda"), help="where the model runs")
-    _add(model, "--attention-backend", help="how attention is computed (auto)")
+    _add(model, "--dtype", help="of weights and activations")
+    _add(model, "--device", help="where the model runs")
+    _add(model, "--attention-backend", help="how attention is computed")
     _add(model, "--context-length", type=int, metavar="N", help="longest prompt plus output in tokens")
     _add(model, "--block-length", type=int, metavar="N", help="override the checkpoint's diffusion block length")
     _add(model, "--mask-token-id", type=int, metavar="ID", help="override the checkpoint's mask token")
@@ -37,7 +35,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     _add(model, "--random-seed", type=int, metavar="N", help="for requests that bring no seed of their own")
 
     memory = parser.add_argument_group("memory and batching")
-    _add(memory, "--kv-cache-dtype", choices=DTYPES, help="of the cached keys and values")
+    _add(memory, "--kv-cache-dtype", help="of the cached keys and values")
     _add(
         memory,
         "--mem-fraction-static",
@@ -51,11 +49,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     _add(memory, "--max-running-requests", type=int, metavar="N", help="requests in one batch")
     _add(memory, "--max-queued-requests", type=int, metavar="N", help="requests that may wait; more get 503")
     _add(memory, "--chunked-prefill-size", type=int, metavar="N", help="prompt tokens per round")
+    _add(memory, "--schedule-policy", help="who is admitted first: first come, longest cached prefix, or priority")
+    _add(memory, "--radix-eviction-policy", help="which cached prefix goes first")
     _add(memory, "--disable-radix-cache", action="store_true", help="share no prefixes between requests")
     _add(memory, "--disable-fused-commit", action="store_true", help="store a finished block in a forward of its own")
 
     sparse = parser.add_argument_group("sparse attention (defaults; a request may choose otherwise in custom_params)")
-    _add(sparse, "--sparse-method", metavar="NAME", help="dense, quest, losa")
+    _add(sparse, "--sparse-method", metavar="NAME", help="what is read, e.g. dense, quest, losa")
     _add(sparse, "--token-budget", type=int, metavar="N", help="prefix tokens that each query may select")
     rule = sparse.add_mutually_exclusive_group()
     _add(rule, "--active-tokens", type=int, metavar="N", help="LoSA: rows recomputed per step, by count")
@@ -80,7 +80,9 @@ def config_from(args: argparse.Namespace, **more: Any) -> EngineConfig:
 def _add(group: argparse._ActionsContainer, *names: str, **options: Any) -> None:
     # SUPPRESS: an option that is not given is absent, so that EngineConfig alone knows the defaults.
     field = options.get("dest") or names[0].removeprefix("--").replace("-", "_")
-    default = EngineConfig.model_fields[field].default
+    annotation, default = EngineConfig.model_fields[field].annotation, EngineConfig.model_fields[field].default
+    if get_origin(annotation) is Literal:
+        options["choices"] = get_args(annotation)
     if "help" in options and not options.get("required") and default not in (None, False):
         options["help"] += f" (default: {default})"
     group.add_argument(*names, default=argparse.SUPPRESS, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,6 +18,9 @@ from losa_server.http.replies import json_reply
 from losa_server.request_manager import Ask, RequestManager
 
 router = APIRouter()
+
+PROBE_TIMEOUT_S = 20.0
+STATS_TIMEOUT_S = 30.0  # the engine answers between two steps, and a step may prefill a long prompt
 
 
 @router.get("/ping")
@@ -43,7 +47,9 @@ async def health_generate(request: Request) -> Response:
     # A cache namespace of its own: probes leave the statistics of real prefixes alone.
     ask = Ask(prompt=tuple(manager.tokenizer.encode("health")), sampling=params, namespace="health")
     try:
-        await unless_disconnected(request, manager.generate([ask]))
+        await unless_disconnected(request, asyncio.wait_for(manager.generate([ask]), PROBE_TIMEOUT_S))
+    except TimeoutError:
+        raise EngineUnavailable(f"the engine did not generate within {PROBE_TIMEOUT_S:g} s") from None
     except RequestFailed as error:
         raise EngineUnavailable(f"the engine could not generate: {error.message}") from None
     return json_reply({"status": "ok"})
@@ -78,7 +84,7 @@ async def server_info(request: Request) -> Response:
     manager = manager_of(request)
     client = manager.client
     state: dict[str, Any] = {
-        **await client.stats(),
+        **await client.stats(STATS_TIMEOUT_S),
         "live_requests": manager.live,
         "malformed_messages": client.malformed_messages,
         "late_outputs": client.unknown_outputs,

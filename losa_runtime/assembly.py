@@ -21,6 +21,7 @@ from losa_runtime.core.model_config import ModelConfig
 from losa_runtime.core.sampling_params import DiffusionParams
 from losa_runtime.decoding.registry import ALGORITHMS
 from losa_runtime.decoding.registry import resolve as resolve_decoding
+from losa_runtime.layers.linear import ROW_TILE, use_row_tile
 from losa_runtime.models.locate import locate_checkpoint
 from losa_runtime.models.model import load_model
 from losa_runtime.runner.model_runner import ModelRunner
@@ -74,6 +75,7 @@ class Parts(NamedTuple):
             "radix_cache": self.cache.reuse,
             "radix_eviction_policy": config.radix_eviction_policy,
             "schedule_policy": config.schedule_policy,
+            "deterministic": config.deterministic,
             "fused_commit": not config.disable_fused_commit,
             "sparse_method": config.sparse_method,
             "sparse_methods": list(METHODS),
@@ -125,6 +127,7 @@ def assemble(config: EngineConfig) -> Parts:
         block_length=model_config.block_length,
     )
     model = load_model(folder, model_config, dtype, device, config.show_progress)
+    use_row_tile(model, ROW_TILE if config.deterministic else None)
     num_pages = _num_pages(config, model_config, kv_dtype, device, context_length)
     pool = KVPool(
         num_layers=model_config.num_layers,

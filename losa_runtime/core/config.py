@@ -32,6 +32,7 @@ class EngineConfig(BaseModel):
     mem_fraction. context_length: longest prompt + output; None = the model's.
     chunked_prefill_size: prompt tokens prefilled per round over all requests.
     disable_fused_commit: store a finished block in a forward of its own, not together with the next block's first step.
+    deterministic: bitwise equal logits whatever the batch, at a price: fixed tiles in every matrix product.
     schedule_policy: who is admitted first: first come, longest cached prefix, or highest `priority`.
     radix_eviction_policy: which unlocked prefix goes first: least recently or least frequently used.
     block_length, mask_token_id, rope_scaling: override the checkpoint's config.
@@ -60,6 +61,7 @@ class EngineConfig(BaseModel):
     chunked_prefill_size: int = Field(default=2048, gt=0)
     disable_radix_cache: bool = False
     disable_fused_commit: bool = False
+    deterministic: bool = False
     schedule_policy: Literal["fcfs", "lpm", "priority"] = "fcfs"
     radix_eviction_policy: Literal["lru", "lfu"] = "lru"
 

@@ -32,10 +32,12 @@ class BlockDiffusionModel(nn.Module, ABC):
     """A model whose token i is predicted at position i, from whole earlier blocks and its own block.
 
     tied: checkpoint tensor name -> name of the parameter that it repeats, for heads tied to the embedding.
+    row_tile: rows per matrix product, see `losa_runtime.layers.linear`; None for as many as there are.
     """
 
     config: ModelConfig
     tied: dict[str, str]
+    row_tile: int | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -7,10 +7,10 @@ Shape letters as in `model.py`.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losa_runtime.core.model_config import ModelConfig
+from losa_runtime.layers.linear import Linear, linear
 from losa_runtime.layers.mlp import SwiGLU
 from losa_runtime.layers.norm import RMSNorm
 from losa_runtime.layers.rope import RotaryEmbedding, rotate
@@ -25,10 +25,10 @@ class SDARAttention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, width)
+        self.k_proj = Linear(config.hidden_size, kv_width)
+        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.o_proj = Linear(width, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -77,11 +77,11 @@ class SDARForCausalLM(BlockDiffusionModel):
         self.rope = RotaryEmbedding(
             config.head_dim, config.rope_theta, config.rope_scaling, config.original_context, config.max_context
         )
-        self.lm_head: nn.Linear | None = None
+        self.lm_head: Linear | None = None
         if config.tie_word_embeddings:
             self.tied = {"lm_head.weight": "model.embed_tokens.weight"}
         else:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: AttendFn) -> Tensor:
         """See `BlockDiffusionModel.forward`."""
@@ -94,4 +94,4 @@ class SDARForCausalLM(BlockDiffusionModel):
     def logits(self, hidden_RC: Tensor) -> Tensor:
         """See `BlockDiffusionModel.logits`."""
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden_RC, head).float()
+        return linear(hidden_RC, head, self.row_tile).float()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from losa_runtime.core.batch import ForwardMode
 from losa_runtime.core.work import BlockResult, RowContext, WorkItem
-from losa_runtime.decoding.algorithm import Candidates, accept
+from losa_runtime.decoding.algorithm import Candidates, DecodingAlgorithm, accept
 from losa_runtime.decoding.penalties import PenaltyRows, has_penalties, penalise
 from losa_runtime.decoding.registry import load_algorithm
 from losa_runtime.decoding.rng import uniform
@@ -123,7 +123,8 @@ class Unmasker:
             uniform_R=uniform(seed_R, position_R, step_R),
         )
         logits_RV = penalise(logits_RV, self._penalties(items, sizes))
-        return sample(logits_RV, rows, self._bans(items, sizes, device))
+        entropy = any(_algorithm(item).needs_entropy for item in items)
+        return sample(logits_RV, rows, self._bans(items, sizes, device), entropy)
 
     def _penalties(self, items: Sequence[WorkItem], sizes: Sequence[int]) -> list[PenaltyRows]:
         requests: list[PenaltyRows] = []
@@ -169,8 +170,9 @@ class Unmasker:
             num_steps_S=torch.tensor([d.num_steps for d in decoding if d is not None], device=device),
             threshold_S=torch.tensor([d.threshold for d in decoding if d is not None], device=device),
             block_length=self.block_length,
+            entropy_R=sampled.entropy_R,
         )
-        return accept([load_algorithm(d.algorithm) for d in decoding if d is not None], candidates)
+        return accept([_algorithm(item) for item in items], candidates)
 
 
 def _offsets(candidates: np.ndarray | None) -> np.ndarray:
@@ -181,6 +183,11 @@ def _offsets(candidates: np.ndarray | None) -> np.ndarray:
 def _context(item: WorkItem) -> RowContext:
     assert item.context is not None, "a block segment without its row context"
     return item.context
+
+
+def _algorithm(item: WorkItem) -> DecodingAlgorithm:
+    assert item.decoding is not None, "a denoising segment without decoding parameters"
+    return load_algorithm(item.decoding.algorithm)
 
 
 def _failed() -> BlockResult:

@@ -1,0 +1,43 @@
+"""A linear layer whose rows may be computed in tiles of one fixed shape. Knows no model and no batch.
+
+A matrix library chooses its kernel by the shape of the product, and different kernels sum in different orders. With a
+fixed tile every row goes through the same kernel however many rows there are, so a row's result does not depend on its
+company.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROW_TILE = 32  # rows; padding costs at most this much, smaller tiles waste the matrix units
+
+
+def linear(x_TC: Tensor, weight_NC: Tensor, row_tile: int | None) -> Tensor:
+    """x @ weight^T: [T, N]. row_tile: rows per product, the last one padded with zeros; None = all rows in one."""
+    if row_tile is None:
+        return F.linear(x_TC, weight_NC)
+    rows = x_TC.shape[0]
+    x_TC = F.pad(x_TC, (0, 0, 0, -rows % row_tile))
+    return torch.cat([F.linear(tile, weight_NC) for tile in x_TC.split(row_tile)])[:rows]
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias; `row_tile` as in `linear`, set by `use_row_tile`."""
+
+    row_tile: int | None = None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        """x [T, C] -> [T, N]."""
+        return linear(x_TC, self.weight, self.row_tile)
+
+
+def use_row_tile(module: nn.Module, row_tile: int | None) -> None:
+    """Set the tile of every part of `module` that has one."""
+    for part in module.modules():
+        if hasattr(part, "row_tile"):
+            part.row_tile = row_tile

@@ -118,7 +118,8 @@ def compare_part(console: Console, server: RunningServer, document: Document, qu
     runs = []
     for method in ("losa", "dense"):
         with console.status(f"the same questions over HTTP: {method}"):
-            runs.append(ask_over_http(server, document, questions, method))
+            first, second = (ask_over_http(server, document, questions, method) for _ in range(2))
+            runs.append(min(first, second, key=lambda run: run.seconds))
     table = Table(
         "", *(run.method for run in runs), title="the same questions, the same cached pages, method per request"
     )

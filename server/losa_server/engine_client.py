@@ -154,12 +154,13 @@ class EngineClient:
 
     # -- questions --------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> Mailbox:
-        """Send a request; the caller must `release` its rid. Raises EngineUnavailable, or RequestFailed (413)."""
+    def submit(self, requests: Sequence[Request]) -> list[Mailbox]:
+        """Send requests together; the caller must `release` each rid. Raises EngineUnavailable, RequestFailed (413)."""
         self._require_healthy()
-        self._post(GenerateRequest(request=request))
-        mailbox = self._mailboxes[request.rid] = Mailbox()
-        return mailbox
+        self._post(GenerateRequest(requests=tuple(requests)))
+        mailboxes = {request.rid: Mailbox() for request in requests}
+        self._mailboxes |= mailboxes
+        return list(mailboxes.values())
 
     def release(self, rid: str, finished: bool) -> None:
         """Forget a request; unless it has finished, the engine is told to abort it. Never waits, never raises."""

@@ -100,8 +100,9 @@ class EngineLoop:
 
     def _handle(self, message: Message) -> None:
         match message:
-            case GenerateRequest(request=request):
-                self._add(request)
+            case GenerateRequest(requests=requests):
+                for request in requests:
+                    self._add(request)
             case AbortRequest(rid=rid):
                 self._engine.abort(rid)
             case FlushCache(ticket=ticket):

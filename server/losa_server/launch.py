@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import logging
 import os
 import signal
@@ -136,6 +137,8 @@ class _Launch:
             await asyncio.sleep(0.01)
         if server.started:
             show_ready(self._console, self._url())
+            if not ipaddress.ip_address(self._listener.getsockname()[0]).is_loopback:
+                log.warning("listening beyond this machine, without keys: whoever reaches the port can use the server")
         await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         client.refuse("the server is shutting down")

@@ -26,10 +26,13 @@ class Message(BaseModel):
 
 
 class GenerateRequest(Message):
-    """Start a request. Answered by exactly one RequestError or one output that carries a `finish`."""
+    """Start requests. Each is answered by exactly one RequestError or one output that carries a `finish`.
+
+    Those of one message are all taken in before the next step, so that refusals come before anybody's first token.
+    """
 
     kind: Literal["generate"] = "generate"
-    request: Request
+    requests: tuple[Request, ...] = Field(min_length=1)
 
 
 class AbortRequest(Message):

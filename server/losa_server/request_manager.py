@@ -1,7 +1,8 @@
 """From prompts to answers: tokenizes, names each request, sends it to the engine, gathers or streams what comes back.
 
 Lives in the event loop of the HTTP process. Knows neither HTTP bodies nor the engine's inside. Whoever opens a
-Generation closes it, in a `finally`: closing an unfinished one is what tells the engine that its client has left.
+Generation closes it (`close_all`), in a `finally`: closing an unfinished one is how the engine learns that its client
+has left.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class TokenizerFace(Protocol):
 class Ask:
     """One prompt with everything that is wanted of it.
 
-    prompt: text or token ids; field: what the client called it. label: the client's name for the request (need not be
-    unique). score_start: first prompt position whose log-probability is wanted, None for none.
+    prompt: text or token ids; field: what the client called it, with its index in a list. label: the client's name for
+    the request (need not be unique). score_start: first prompt position whose log-probability is wanted, None for none.
     """
 
     prompt: str | tuple[int, ...]
@@ -53,9 +54,9 @@ class Ask:
 class Generation:
     """One request on its way. `answer` is what has come so far; call `advance` for more and `close` in the end."""
 
-    def __init__(self, ask: Ask, prompt_ids: tuple[int, ...], rid: str, mailbox: Mailbox, client: EngineClient) -> None:
-        self.ask, self.prompt_ids, self.rid = ask, prompt_ids, rid
-        self.label = ask.label or rid
+    def __init__(self, ask: Ask, request: Request, mailbox: Mailbox, client: EngineClient) -> None:
+        self.ask, self.prompt_ids, self.rid = ask, request.prompt_ids, request.rid
+        self.label = ask.label or self.rid
         self.answer = Answer()
         self.started = time.monotonic()
         self.seconds: float | None = None
@@ -79,21 +80,21 @@ class Generation:
             if finish.type == "error":
                 raise RequestFailed(finish.status_code or 500, finish.message or "the request failed in the engine")
 
-    async def complete(self) -> Answer:
-        """The whole answer. Raises RequestFailed."""
-        while not self.finished:
-            await self.advance()
-        return self.answer
-
     def close(self) -> None:
         """Forget the request and, if it goes on, have it aborted. Idempotent; never waits."""
         self._client.release(self.rid, self.finished)
 
     def _in_the_clients_words(self, error: RequestFailed) -> RequestFailed:
-        """The engine says `prompt`; the client said `text` or `input_ids`."""
-        if error.field != "prompt":
+        """The engine says `prompt` or `input_ids`; the client said e.g. `text` or, in a list, `input_ids.3`."""
+        field = error.field or ""
+        head, dot, rest = field.partition(".")
+        if head in ("prompt", "input_ids"):
+            theirs = self.ask.field + dot + rest
+        elif head == "custom_params":
+            theirs = f"sampling_params.{field}"
+        else:
             return error
-        return RequestFailed(error.status_code, error.message.replace("prompt", self.ask.field, 1), self.ask.field)
+        return RequestFailed(error.status_code, error.message.replace(field, theirs, 1), theirs)
 
 
 class RequestManager:
@@ -118,32 +119,17 @@ class RequestManager:
             return self.tokenizer.encode(text)
         return await asyncio.to_thread(self.tokenizer.encode, text)
 
-    async def open(self, ask: Ask) -> Generation:
-        """Send one request. The caller closes it with `close`. Raises RequestFailed or InvalidRequest."""
-        ids = tuple(await self.encode(ask.prompt)) if isinstance(ask.prompt, str) else ask.prompt
-        request = Request(
-            rid=uuid.uuid4().hex,
-            prompt_ids=ids,
-            sampling=ask.sampling,
-            score=None if ask.score_start is None else ScoreSpec(start=ask.score_start),
-            output_logprobs=ask.output_logprobs,
-            namespace=ask.namespace,
-            priority=ask.priority,
-        )
-        generation = Generation(ask, ids, request.rid, self.client.submit(request), self.client)
-        self._live[request.rid] = generation
-        return generation
-
     async def open_all(self, asks: Sequence[Ask]) -> list[Generation]:
-        """Send several requests, all or none. Raises like `open`."""
-        opened: list[Generation] = []
-        try:
-            for ask in asks:
-                opened.append(await self.open(ask))
-        except BaseException:
-            self.close_all(opened)
-            raise
-        return opened
+        """Send requests, all or none; the caller closes them. Raises RequestFailed or InvalidRequest."""
+        ids = [tuple(await self.encode(a.prompt)) if isinstance(a.prompt, str) else a.prompt for a in asks]
+        requests = [_request(ask, prompt_ids) for ask, prompt_ids in zip(asks, ids, strict=True)]
+        mailboxes = self.client.submit(requests)
+        generations = [
+            Generation(ask, request, mailbox, self.client)
+            for ask, request, mailbox in zip(asks, requests, mailboxes, strict=True)
+        ]
+        self._live |= {generation.rid: generation for generation in generations}
+        return generations
 
     def close_all(self, generations: Sequence[Generation]) -> None:
         """Close; see Generation.close."""
@@ -171,7 +157,8 @@ class RequestManager:
             while waiting:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    task.result()
+                    task.result()  # a failure ends the whole call, before any news of the same moment
+                for task in done:
                     generation = waiting.pop(task)
                     if not generation.finished:
                         waiting[asyncio.create_task(generation.advance())] = generation
@@ -192,3 +179,16 @@ class RequestManager:
     def live(self) -> int:
         """Requests that somebody waits for."""
         return len(self._live)
+
+
+def _request(ask: Ask, prompt_ids: tuple[int, ...]) -> Request:
+    """What the engine is asked. Its name is ours alone: clients may choose equal labels, or another's."""
+    return Request(
+        rid=uuid.uuid4().hex,
+        prompt_ids=prompt_ids,
+        sampling=ask.sampling,
+        score=None if ask.score_start is None else ScoreSpec(start=ask.score_start),
+        output_logprobs=ask.output_logprobs,
+        namespace=ask.namespace,
+        priority=ask.priority,
+    )

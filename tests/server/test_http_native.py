@@ -158,6 +158,8 @@ def test_the_engines_refusals_come_before_the_stream(http: httpx.Client, stream:
     ]:
         reply = http.post("/generate", json={**body, "stream": stream})
         assert (reply.status_code, reply.json()["error"]["field"]) == (400, field), body
+    reply = http.post("/generate", json={"text": ["the fox", "the " * 5000], "stream": stream})
+    assert (reply.status_code, reply.json()["error"]["field"]) == (400, "text.1")
     assert http.post("/generate", json={"text": "REFUSE", "stream": stream}).status_code == 500
     assert http.get("/health").status_code == 200
 

@@ -61,7 +61,7 @@ OUTPUT = RequestOutput(
     finish=FinishReason(type="stop", matched=7),
 )
 TO_ENGINE_MESSAGES = [
-    GenerateRequest(request=REQUEST),
+    GenerateRequest(requests=(REQUEST,)),
     AbortRequest(rid="r1"),
     FlushCache(ticket=1),
     GetStats(ticket=2),
@@ -103,7 +103,7 @@ class _Canary:
 
 def hostile_frames(canary: str, count: int) -> list[list[bytes]]:
     rng = random.Random(5)
-    good = encode(GenerateRequest(request=REQUEST))
+    good = encode(GenerateRequest(requests=(REQUEST,)))
     frames = [
         [pickle.dumps(_Canary(canary))],
         [b""],

@@ -27,19 +27,31 @@ def gone(process: psutil.Process, seconds: float) -> bool:
     return True
 
 
-def stream_in_background(url: str, count: int) -> tuple[list[threading.Thread], list[str]]:
-    """Clients that wait for an answer which never comes; the texts of what they get in the end."""
-    endings: list[str] = []
+class Clients:
+    """Clients, every second one streaming, that wait for an answer which takes very long. endings: what they get."""
 
-    def client(stream: bool) -> None:
+    def __init__(self, url: str, count: int) -> None:
+        self.url, self.endings, self._started = url, list[str](), threading.Semaphore(0)
+        self._threads = [threading.Thread(target=self._run, args=(i % 2 == 0,)) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+        for _ in range(count // 2):
+            assert self._started.acquire(timeout=20)
+
+    def join(self, seconds: float) -> list[str]:
+        for thread in self._threads:
+            thread.join(seconds)
+        return self.endings
+
+    def _run(self, stream: bool) -> None:
         body = {"text": "SLOW fox", "stream": stream, "sampling_params": {"max_new_tokens": 4000}}
-        with httpx.stream("POST", f"{url}/generate", json=body, timeout=20) as reply:
-            endings.append(f"{reply.status_code} {reply.read().decode()}")
-
-    threads = [threading.Thread(target=client, args=(i % 2 == 0,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    return threads, endings
+        with httpx.stream("POST", f"{self.url}/generate", json=body, timeout=20) as reply:
+            text = ""
+            for piece in reply.iter_text():
+                if not text and stream:
+                    self._started.release()
+                text += piece
+            self.endings.append(f"{reply.status_code} {text}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -49,13 +61,11 @@ def test_orderly_end(tmp_path: Path, bundled: str, number: signal.Signals) -> No
         engine = server.engine
         (directory,) = server.socket_directories()
         assert directory.stat().st_mode & 0o777 == 0o700
-        threads, endings = stream_in_background(server.url, 4)
-        time.sleep(0.5)
+        clients = Clients(server.url, 4)
         started = time.monotonic()
         assert server.stop(number) == 0, server.output()
         assert time.monotonic() - started < 5
-        for thread in threads:
-            thread.join(5)
+        endings = clients.join(5)
         assert len(endings) == 4
         assert all("shutting down" in ending for ending in endings)
         assert gone(engine, 1)
@@ -67,12 +77,10 @@ def test_orderly_end(tmp_path: Path, bundled: str, number: signal.Signals) -> No
 def test_the_engine_is_killed(tmp_path: Path, bundled: str) -> None:
     with ServerProcess("--model", bundled, tmp=tmp_path) as server:
         server.wait_ready()
-        threads, endings = stream_in_background(server.url, 8)
-        time.sleep(0.5)
+        clients = Clients(server.url, 8)
         started = time.monotonic()
         server.engine.kill()
-        for thread in threads:
-            thread.join(5)
+        endings = clients.join(5)
         assert time.monotonic() - started < 2
         assert len(endings) == 8
         assert all("the engine is gone" in ending and "signal 9" in ending for ending in endings), endings
@@ -87,14 +95,12 @@ def test_the_engine_is_killed(tmp_path: Path, bundled: str) -> None:
 def test_the_engine_fails_in_a_step(tmp_path: Path, bundled: str, word: str, status: int) -> None:
     with ServerProcess("--model", bundled, tmp=tmp_path) as server:
         server.wait_ready()
-        threads, endings = stream_in_background(server.url, 2)
-        time.sleep(0.4)
+        clients = Clients(server.url, 2)
         reply = httpx.post(f"{server.url}/generate", json={"text": word})
         assert reply.status_code == status
         if word == "RAISE":
             assert "boom in a step" in reply.json()["error"]["message"]
-        for thread in threads:
-            thread.join(5)
+        endings = clients.join(5)
         assert len(endings) == 2
         assert all('"error"' in ending for ending in endings)
         assert server.process.wait(10) == 1

@@ -98,8 +98,9 @@ def test_the_way_of_a_request(http: httpx.Client, endpoint: Any) -> None:
     assert state["choice"] in (" sleeps", " eats")
     reply = http.post("/generate", json={"text": TEXT, "sampling_params": {"custom_params": {"sparse_method": "none"}}})
     assert reply.status_code == 400
-    assert "sparse_method" in reply.json()["error"]["field"]
-    assert http.post("/generate", json={"input_ids": [5, 259], "sampling_params": GREEDY}).status_code == 400
+    assert reply.json()["error"]["field"] == "sampling_params.custom_params.sparse_method"
+    reply = http.post("/generate", json={"input_ids": [[5], [5, 259]], "sampling_params": GREEDY})
+    assert (reply.status_code, reply.json()["error"]["field"]) == (400, "input_ids.1.1")
 
 
 @pytest.mark.slow
@@ -235,6 +236,29 @@ class TestWholeSuite:
     def test_a_literal_mask_is_text(self, http: httpx.Client) -> None:
         answer = generate(http, text="a <|MASK|> b", sampling_params=GREEDY)
         assert answer["meta_info"]["prompt_tokens"] > 5
+
+    def test_generate_command(self, bundled: str) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "losa_server",
+            "generate",
+            "--model",
+            bundled,
+            "--chat",
+            "--max-new-tokens",
+            "8",
+        ]
+        options = ["--prompt", "The secret code of the red fox is 1234.\n\nWhat is the secret code of the red fox?"]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+        assert "prompt of" in done.stderr
+        done = subprocess.run(
+            [*command, "--dtype", "auto", "--page-size", "3"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("losa generate: error: ")
 
     def test_sglangs_own_load_tester(self, real: ServerProcess, tmp_path: Path) -> None:
         pytest.importorskip("transformers")

@@ -32,6 +32,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     _add(model, "--block-length", type=int, metavar="N", help="override the checkpoint's diffusion block length")
     _add(model, "--mask-token-id", type=int, metavar="ID", help="override the checkpoint's mask token")
     _add(model, "--rope-scaling", type=_json_object, metavar="JSON", help='e.g. \'{"kind": "yarn", "factor": 4.0}\'')
+    _add(model, "--deterministic", action="store_true", help="bitwise equal results whatever else runs; slower")
     _add(model, "--random-seed", type=int, metavar="N", help="for requests that bring no seed of their own")
 
     memory = parser.add_argument_group("memory and batching")

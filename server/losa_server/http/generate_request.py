@@ -73,7 +73,7 @@ def parse_generate(body: dict[str, Any], max_prompts: int) -> GenerateCall:
         ask = Ask(
             prompt=prompt,
             sampling=params[i].model_copy(update={"n": 1}),
-            field=field,
+            field=f"{field}.{i}" if many else field,
             label=labels[i],
             score_start=_score_start(starts[i], params[i], of_select) if wanted[i] else None,
             output_logprobs=wanted[i],

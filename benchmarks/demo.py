@@ -123,6 +123,7 @@ def compare_part(console: Console, server: RunningServer, document: Document, qu
     table = Table(
         "", *(run.method for run in runs), title="the same questions, the same cached pages, method per request"
     )
+    table.caption = "times: the faster of two short runs on a shared machine; the benchmarks measure speed"
     rows: list[tuple[str, list[str]]] = [
         ("right answers", [f"{sum(r.right for r in run.replies)} of {len(run.replies)}" for run in runs]),
         ("KV density (later steps)", [_percent(run.mean("kv_density")) for run in runs]),

@@ -48,7 +48,13 @@ def test_n_repeats_each_prompt_with_seeds_of_their_own() -> None:
 
 
 def test_unknown_sampling_keys_are_dropped_and_nulls_mean_default() -> None:
-    params = {"spaces_between_special_tokens": None, "top_k": None, "regex": None, "stop_regex": [], "block_size": 4}
+    params: dict[str, Any] = {
+        "spaces_between_special_tokens": None,
+        "top_k": None,
+        "regex": None,
+        "stop_regex": [],
+        "block_size": 4,
+    }
     assert parse(text="a", sampling_params=params).asks[0].sampling.top_k == -1
     assert parse(text="a", sampling_params=None).asks[0].sampling.max_new_tokens == 128
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -150,12 +151,13 @@ def test_bad_bodies(http: httpx.Client, body: dict[str, Any], field: str, stream
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_engines_refusals_come_before_the_stream(http: httpx.Client, stream: bool) -> None:
-    for body, field in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"text": ""}, "text"),
         ({"input_ids": []}, "input_ids"),
         ({"text": "the " * 5000}, "text"),
         ({"text": "the fox", "return_logprob": True, "logprob_start_len": 50}, "logprob_start_len"),
-    ]:
+    ]
+    for body, field in refused:
         reply = http.post("/generate", json={**body, "stream": stream})
         assert (reply.status_code, reply.json()["error"]["field"]) == (400, field), body
     reply = http.post("/generate", json={"text": ["the fox", "the " * 5000], "stream": stream})
@@ -185,6 +187,13 @@ def test_unknown_routes_and_methods_have_our_error_object(http: httpx.Client) ->
     assert http.get("/nowhere").json()["error"]["code"] == 404
     assert http.get("/generate").status_code == 405
     assert "error" in http.get("/generate").json()
+
+
+def test_the_description_of_the_api_is_sound(http: httpx.Client) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths = http.get("/openapi.json").json()["paths"]
+    assert set(paths["/generate"]) == {"post", "put"}
 
 
 def test_info_routes(http: httpx.Client, bundled: str) -> None:

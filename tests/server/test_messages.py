@@ -90,6 +90,7 @@ def test_to_frontend_round_trip(message: Message) -> None:
 def test_numbers_that_json_lacks_become_the_floor() -> None:
     output = RequestOutput(rid="r", prompt_logprobs=(float("-inf"), float("nan"), -1.5, 1e-7), output_logprobs=(-0.0,))
     back = Inbox(TO_FRONTEND).decode([encode(TokenOutputs.of([output]))])
+    assert back is not None
     assert back.outputs[0].prompt_logprobs == (LOGPROB_FLOOR, LOGPROB_FLOOR, -1.5, 0.0)
 
 

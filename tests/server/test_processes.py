@@ -133,8 +133,7 @@ def test_an_engine_that_cannot_start(tmp_path: Path, bundled: str, method: str, 
 def test_a_port_in_use(tmp_path: Path, bundled: str) -> None:
     with ServerProcess("--model", bundled, tmp=tmp_path) as server, socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken = other.bind(("127.0.0.1", 0))
-        assert taken is None
+        other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         server.process.kill()

@@ -27,7 +27,8 @@ def manager_of(request: Request) -> RequestManager:
     return manager
 
 
-@router.api_route("/generate", methods=["POST", "PUT"])
+@router.post("/generate")
+@router.put("/generate")
 async def generate(request: Request) -> Response:
     """Complete one prompt or several; see `parse_generate` for the body. Streams events when `stream` is true."""
     manager = manager_of(request)
@@ -79,7 +80,8 @@ def _answer(manager: RequestManager, call: GenerateCall, index: int, generation:
     return native_answer(generation, manager.tokenizer, call.return_logprob[index], call.texts_in_logprobs)
 
 
-@router.api_route("/flush_cache", methods=["GET", "POST"])
+@router.get("/flush_cache")
+@router.post("/flush_cache")
 async def flush_cache(request: Request) -> Response:
     """Forget cached prefixes; 400 while requests are pending. `?timeout=` seconds to wait for them."""
     manager = manager_of(request)
@@ -115,8 +117,10 @@ async def concate_and_append_request() -> Response:
     return json_reply({})
 
 
-@router.api_route("/start_profile", methods=["GET", "POST"])
-@router.api_route("/stop_profile", methods=["GET", "POST"])
+@router.get("/start_profile")
+@router.post("/start_profile")
+@router.get("/stop_profile")
+@router.post("/stop_profile")
 async def profile() -> Response:
     """Refused."""
     raise RequestFailed(501, "there is no built-in profiler; attach one to the engine process, e.g. py-spy")

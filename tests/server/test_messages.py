@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import pickle
 import random
+import re
 import stat
 import threading
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from losa_runtime.core.request import FinishReason, Request, RequestOutput, ScoreSpec
 from losa_runtime.core.sampling_params import SamplingParams
-from losa_server import channel
+from losa_server import channel, messages
 from losa_server.channel import AsyncReceiver, AsyncSender, Inbox, MessageTooLarge, Receiver, Sender, SocketDirectory
 from losa_server.messages import (
     LOGPROB_FLOOR,
@@ -180,3 +182,15 @@ def test_too_large_messages_are_refused_before_they_are_sent(monkeypatch: pytest
         directory.remove()
 
     asyncio.run(scenario())
+
+
+def test_no_code_travels_between_the_processes() -> None:
+    forbidden = re.compile(
+        r"\b(pickle|cloudpickle|dill|marshal|recv_pyobj|send_pyobj|eval|exec|multiprocessing)\b *[(.]?"
+    )
+    folder = Path(messages.__file__).parent
+    for file in folder.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        names = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom | ast.Call)]
+        assert not [name for name in names if forbidden.match(name.removeprefix("import ").removeprefix("from "))], file
+        assert "tcp://" not in file.read_text()

@@ -56,7 +56,7 @@ def question_ids(tokenizer, question: corpus.Question, chat: bool) -> tuple[list
     if chat:
         whole = whole.removeprefix("<|im_start|>user\n")
     answer = tokenizer.encode(question.answer).ids
-    return tokenizer.encode(whole).ids, answer + [IM_END if chat else FILL]
+    return tokenizer.encode(whole).ids, [*answer, IM_END if chat else FILL]
 
 
 def noise(rng: random.Random, maskable: list[int], full: bool) -> set[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.tiny_model import words
 from benchmarks.tiny_model.batches import MASK
+from benchmarks.tiny_model.corpus import ORDINALS
 from benchmarks.tiny_model.network import Network
 
 # coordinates of the residual stream
@@ -23,17 +24,18 @@ BAG = slice(72, 136)  # the key words before this position
 RANK = 136  # three coordinates: the answer starts one, two, three positions before
 OUT = slice(140, 204)  # token to be said
 
-FAST, BROAD, SLOW = range(0, 4), range(3, 7), range(16, 32)  # rotary pairs by wavelength
+FAST, BROAD, SLOW = range(4), range(3, 7), range(16, 32)  # rotary pairs by wavelength
 
 
 def token_classes(tokenizer) -> dict[str, list[int]]:
     """Ids of digits, of key words, and of the tokens an answer follows."""
+
     def one(text: str) -> int:
         return tokenizer.encode(text, add_special_tokens=False).ids[0]
 
     return {
         "digit": [one(str(d)) for d in range(10)],
-        "key": [one(" " + w) for w in words.ADJECTIVES + words.NOUNS],
+        "key": [one(" " + w) for w in words.ADJECTIVES + words.NOUNS + list(ORDINALS)],
         "name": [one(" " + w) for w in words.NAMES],
         "start": [one(" "), one("\n")],
     }
@@ -76,7 +78,7 @@ def install(net: Network, tokenizer) -> None:
 
     for group in range(2):
         rows = slice(group * d, (group + 1) * d)
-        k[rows, COMMON] += turned(range(0, 4), 0, 0.5)
+        k[rows, COMMON] += turned(range(4), 0, 0.5)
         if group:
             k[rows, COMMON] += turned(range(4, 7), 0, 0.5)
             for j in SLOW[:8]:
@@ -105,7 +107,7 @@ def install(net: Network, tokenizer) -> None:
 
     # layer 1: half of the heads look up digits by key words, the others look up key words by a name and add them to
     # the bag; layer 2 looks up digits once more, now also by key words found that way
-    slow = torch.tensor([j for j in SLOW] + [j + half for j in SLOW])
+    slow = torch.tensor(list(SLOW) + [j + half for j in SLOW])
     repeat = shape.num_attention_heads // shape.num_key_value_heads
     for depth in (1, 2):
         attn = body.layers[depth].self_attn

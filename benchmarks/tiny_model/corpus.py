@@ -23,7 +23,7 @@ from benchmarks.tiny_model.words import (
 
 TASKS = ("single", "multi_key", "multi_value", "multi_query", "variable")
 ORDINALS = ("first", "second", "third")
-COUNTS = {2: "two", 3: "three"}
+ORDINAL_LISTS = {2: "first and second", 3: "first, second and third"}
 
 # Evaluation draws from seeds at and above this number, training from seeds below it.
 EVALUATION_SEED = 1_000_000_000
@@ -142,9 +142,9 @@ def make_facts(rng: random.Random, plan: FactPlan) -> tuple[list[str], list[Ques
     for key in keys[plan.codes :]:
         size = rng.choice((2, 3))
         group = [code(rng) for _ in range(size)]
-        for ordinal, value in zip(ORDINALS, group):
+        for ordinal, value in zip(ORDINALS, group, strict=False):
             sentences.append(f"The {ordinal} secret code of the {key} is {value}.")
-        text = f"What are the {COUNTS[size]} secret codes of the {key}?"
+        text = f"What are the {ORDINAL_LISTS[size]} secret codes of the {key}?"
         questions.append(Question("multi_value", text, ", ".join(group)))
 
     pairs = list(values)

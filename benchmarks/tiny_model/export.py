@@ -1,7 +1,7 @@
 """Writes a training state as an ordinary Hugging Face checkpoint folder.
 
-    python -m benchmarks.tiny_model.export --name main
-    python -m benchmarks.tiny_model.export --random        # untrained weights, for tests of loading
+python -m benchmarks.tiny_model.export --name main
+python -m benchmarks.tiny_model.export --random        # untrained weights, for tests of loading
 """
 
 from __future__ import annotations

@@ -115,14 +115,15 @@ class SegmentAttention(torch.autograd.Function):
         o_own, l_own = flash(q_own, ko, vo, 0.0, False, attn_mask=mask, scale=scale)
         l_own = l_own.reshape(B * n, H, S) if l_own.shape[1] == H else l_own.transpose(1, 2)
         l_doc = l_doc.reshape(B, G, -1) if l_doc.shape[1] == G else l_doc.transpose(1, 2)
+
         # bring the own part to the document part's layout and merge
         def to_doc(x):
             return x.reshape(B, n, G, repeat, S, -1).permute(0, 2, 3, 1, 4, 5).reshape(B, G, repeat * n * S, -1)
 
         o_own2, l_own2 = to_doc(o_own), to_doc(l_own.unsqueeze(-1)).squeeze(-1)
         l_all = torch.logaddexp(l_doc, l_own2)
-        out = o_doc.float() * (l_doc - l_all).exp().unsqueeze(-1) + o_own2.float() * (l_own2 - l_all).exp().unsqueeze(-1)
-        out = out.to(q.dtype)
+        share_doc, share_own = (l_doc - l_all).exp().unsqueeze(-1), (l_own2 - l_all).exp().unsqueeze(-1)
+        out = (o_doc.float() * share_doc + o_own2.float() * share_own).to(q.dtype)
         ctx.save_for_backward(q_doc, k_doc, v_doc, q_own, ko, vo, mask, out, l_all)
         ctx.sizes = (B, n, S, H, G, D)
         return out.reshape(B, G, repeat, n, S, D).permute(0, 3, 4, 1, 2, 5).reshape(B, n, S, H, D)

@@ -22,13 +22,22 @@ import torch.nn.functional as F
 from benchmarks.tiny_model import network
 from benchmarks.tiny_model.batches import IGNORE, LENGTH, Batch, Recipe, make_batch, make_cloze
 from benchmarks.tiny_model.circuit import install
-from benchmarks.tiny_model.network import BLOCK, Layout, Network, Shape, additive, block_causal, rope_table
-from benchmarks.tiny_model.network import segment_visibility
+from benchmarks.tiny_model.network import (
+    BLOCK,
+    Layout,
+    Network,
+    Shape,
+    additive,
+    block_causal,
+    rope_table,
+    segment_visibility,
+)
 from benchmarks.tiny_model.stages import stage_recipe, stages
 from benchmarks.tiny_model.tokenizer import load
 
 HERE = Path(__file__).parent
 DTYPE = torch.bfloat16
+GAIN_RATE = 4.0
 
 
 def question_layout(shape: Shape, batch: Batch) -> Layout:
@@ -141,6 +150,8 @@ class Trainer:
 
     def agree(self, ends_in: float) -> float:
         """Rank 0 decides on the stage and on the time left, so that all ranks do the same."""
+        if (self.folder / "stop").exists():  # the polite way to end a run: touch this file
+            ends_in = -1.0
         decided = torch.tensor([self.stage, self.since, ends_in], dtype=torch.float64)
         dist.broadcast(decided, 0)
         self.stage, self.since = int(decided[0]), int(decided[1])
@@ -152,7 +163,7 @@ class Trainer:
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        for grad, mean in zip(grads, flat.split([g.numel() for g in grads])):
+        for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
 
     def run(self) -> None:
@@ -164,14 +175,15 @@ class Trainer:
             started = time.time()
             rng = random.Random(f"train {self.args.seed} {self.step} {self.rank}")
             same = random.Random(f"recipe {self.args.seed} {self.step}")
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(ends_in)
+            matrices, gains = self.optimizer.param_groups
+            matrices["lr"] = self.rate(ends_in)
+            gains["lr"] = GAIN_RATE * matrices["lr"]  # they alone set how sharp attention can get
             loss, hits = question_loss(self.net, make_batch(rng, self.tokenizer, stage_recipe(same, table, self.stage)))
             loss.backward()
             if self.step % 6 == 0:
                 cloze = cloze_loss(self.net, *make_cloze(rng, self.tokenizer, 256, 4))
                 (self.args.cloze * cloze).backward()
-                recent["cloze"] = recent.get("cloze", [])[-9:] + [cloze.item()]
+                recent["cloze"] = [*recent.get("cloze", [])[-9:], cloze.item()]
             self.average_gradients()
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
             self.optimizer.step()

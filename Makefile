@@ -8,6 +8,7 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 CONSTRAINTS := requirements/constraints.txt
+LIBRARY := kernels/losa_kernels/native/liblosa_kernels.so
 STAMP := .venv/.setup-stamp$(if $(CUDA),-cuda)
 comma := ,
 EXTRAS := dev$(if $(CUDA),$(comma)cuda)
@@ -15,12 +16,12 @@ EXTRAS := dev$(if $(CUDA),$(comma)cuda)
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow soak check fmt constraints clean
+.PHONY: help setup kernels demo serve test test-slow soak check fmt constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-setup: $(STAMP) ## build .venv with pinned versions and CPU torch (CUDA=1: with the CUDA extra)
+setup: $(STAMP) $(LIBRARY) ## build .venv with pinned versions and CPU torch (CUDA=1: with the CUDA extra), and the kernels
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=...)")'
@@ -35,6 +36,15 @@ else
 endif
 	$(PIP) -e '.[$(EXTRAS)]'
 	@touch $@
+
+kernels: $(LIBRARY) ## compile the CPU kernels (part of setup; seconds)
+
+$(LIBRARY): kernels/CMakeLists.txt $(wildcard kernels/csrc/*) | $(STAMP)
+	@if command -v "$${CXX:-c++}" >/dev/null; then \
+	  $(BIN)/cmake -S kernels -B build/kernels >/dev/null && $(BIN)/cmake --build build/kernels && touch $@; \
+	else \
+	  echo 'No C++ compiler (c++, or CXX=...): going on without the CPU kernels; attention will be computed by torch.'; \
+	fi
 
 demo: setup ## the whole runtime in a minute, on the small model that comes with it
 	$(BIN)/python -m benchmarks.demo
@@ -54,11 +64,13 @@ soak: setup ## long drills
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*
 	$(BIN)/mypy
 
 fmt: setup ## format the code and sort imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i kernels/csrc/*
 
 constraints: setup ## write the versions in .venv to requirements/constraints.txt
 	@{ sed -n '/^#/!q;p' $(CONSTRAINTS); \
@@ -66,5 +78,5 @@ constraints: setup ## write the versions in .venv to requirements/constraints.tx
 	   sed -n '/^# Only/,$$p' $(CONSTRAINTS); } > $(CONSTRAINTS).new && mv $(CONSTRAINTS).new $(CONSTRAINTS)
 
 clean: ## remove caches and build leftovers (.venv stays)
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist $(LIBRARY) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find losa_runtime kernels server tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,6 +24,7 @@ IMPORT_NAMES = {
     "pytest-timeout": "pytest_timeout",
     "huggingface-hub": "huggingface_hub",
     "ruff": None,
+    "clang-format": None,
 }
 # Part of the public face of a declared package: fastapi is made of starlette.
 CARRIED = {"starlette"}

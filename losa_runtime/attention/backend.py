@@ -18,13 +18,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from losa_kernels.reference import selection
 from losa_runtime.cache.kv_pool import KVPool
 from losa_runtime.core.batch import Segment
 from losa_runtime.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, str] = {"torch": "losa_runtime.attention.torch_backend:TorchBackend"}
+BACKENDS: dict[str, str] = {
+    "native": "losa_runtime.attention.native_backend:NativeBackend",
+    "torch": "losa_runtime.attention.torch_backend:TorchBackend",
+}
+AUTO = ("native", "torch")  # the first that can serve the model
 
 
 class AttnState(NamedTuple):
@@ -121,6 +126,13 @@ class RowGroup:
         into_T[self.where] = x_R.to(into_T.dtype)
 
 
+class SelectedPages(NamedTuple):
+    """Pages to read, and per segment whether choosing them read the page summaries."""
+
+    kv: KVIndices
+    scored: tuple[bool, ...]
+
+
 class BackendConfig(NamedTuple):
     """What a backend is asked to serve. dtype: of q, k, v; kv_dtype: of the pages."""
 
@@ -133,11 +145,21 @@ class BackendConfig(NamedTuple):
     page_size: int
     block_length: int
 
+    def misfit(self) -> str | None:
+        """Why no backend can serve these sizes, or None."""
+        small, large = sorted((self.page_size, self.block_length))
+        if large % small:
+            return f"page size {self.page_size} and block length {self.block_length} must divide one another"
+        if self.num_heads % self.num_kv_heads:
+            return f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads"
+        return None
+
 
 class AttentionBackend(ABC):
     """Attention over one page pool. The softmax scale is fixed for the life of the backend.
 
     A segment's result is computed from its own rows and pages alone: the same bits alone or in company.
+    What is not abstract here is made of the other methods or of the reference; a backend may do it in one go.
     """
 
     def __init__(self, pool: KVPool, num_heads: int, scale: float | None = None) -> None:
@@ -149,6 +171,11 @@ class AttentionBackend(ABC):
     @abstractmethod
     def supports(cls, config: BackendConfig) -> str | None:
         """None, or the reason why this backend cannot serve `config`."""
+
+    @property
+    def detail(self) -> str:
+        """What else is worth a word in the log, such as the instruction set. May be empty."""
+        return ""
 
     @abstractmethod
     def store_kv(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, locations_T: Tensor) -> None:
@@ -185,6 +212,61 @@ class AttentionBackend(ABC):
         rows: int64, sorted rows of the group. P is the most granules of any scored segment; padding is -inf.
         """
 
+    def block_merged(self, prefix: AttnState, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup) -> Tensor:
+        """In-block attention merged with that to the prefix: out [R, H, D] float32."""
+        return self.merge(prefix, self.block(q_RHD, k_RGD, v_RGD, group))
+
+    def select_pages(
+        self,
+        layer: int,
+        q_RHD: Tensor,
+        rows: Tensor | None,
+        whole: tuple[bool, ...],
+        best_S: Tensor,
+        group: RowGroup,
+    ) -> SelectedPages:
+        """The union, per segment and KV head, of the best_S[s] pages with the best bounds of each row (None: all).
+
+        The score of a page for a KV head is the largest among its query heads, so that one list serves the group.
+        Segments in `whole` are not scored. Ties go to the lowest page.
+        """
+        kv_heads, segments, page_size = self.pool.num_kv_heads, len(whole), self.pool.page_size
+        scored = torch.arange(q_RHD.shape[0], device=q_RHD.device) if rows is None else rows
+        if any(whole):
+            skipped = torch.tensor(whole, device=q_RHD.device)
+            scored = scored[~skipped[scored // group.block_length]]
+        segment_R = scored // group.block_length
+        if scored.shape[0] == 0:
+            nothing = torch.zeros(segments, kv_heads, 0, dtype=torch.bool, device=q_RHD.device)
+            return SelectedPages(KVIndices.from_mask(nothing, whole), (False,) * segments)
+        scores_RHP = self.kv_scores(layer, q_RHD, scored, ScoreKind.BOUND, page_size, group)
+        scores_RGP = selection.share_scores(scores_RHP, kv_heads)
+        chosen_RGP = selection.top_pages(scores_RGP, best_S[segment_R])
+        chosen_SGP = selection.union_rows(chosen_RGP, segment_R, segments)
+        seen = torch.bincount(segment_R, minlength=segments).tolist()
+        return SelectedPages(KVIndices.from_mask(chosen_SGP, whole), tuple(count > 0 for count in seen))
+
+    def changed_rows(
+        self,
+        q_SBHD: Tensor,
+        before_XBHD: Tensor,
+        slots_S: Tensor,
+        fresh: tuple[bool, ...],
+        count_S: Tensor,
+        tau_S: Tensor,
+    ) -> Tensor:
+        """Rows to recompute, int64 sorted, by the rules of `active_rows`; every row of the segments in `fresh`.
+
+        before_XBHD[slots_S], the queries of the previous step, is compared with and becomes q_SBHD.
+        """
+        later_S = torch.tensor([i for i, first in enumerate(fresh) if not first], device=q_SBHD.device)
+        active_SB = torch.ones(q_SBHD.shape[:2], dtype=torch.bool, device=q_SBHD.device)
+        if later_S.shape[0]:
+            change_SB = selection.query_change(q_SBHD[later_S], before_XBHD[slots_S[later_S]])
+            active_SB[later_S] = selection.active_rows(change_SB, count_S[later_S], tau_S[later_S])
+        before_XBHD[slots_S] = q_SBHD
+        return active_SB.flatten().nonzero().flatten()
+
 
 def backend_class(name: str) -> type[AttentionBackend]:
     """The backend of that name. Raises ConfigError."""
@@ -197,12 +279,19 @@ def backend_class(name: str) -> type[AttentionBackend]:
 
 
 def make_backend(name: str, config: BackendConfig, pool: KVPool, scale: float | None = None) -> AttentionBackend:
-    """Build the backend called `name`. Raises ConfigError with the backend's reason if it cannot serve `config`."""
-    if name == "auto":
-        name = "torch"
-        logger.info("attention_backend auto: %s", name)
-    cls = backend_class(name)
-    reason = cls.supports(config)
-    if reason is not None:
-        raise ConfigError(f"attention_backend: {name!r} cannot serve this model: {reason}")
-    return cls(pool, config.num_heads, scale)
+    """Build the backend called `name`; "auto" is the first of AUTO that can serve `config`, with a line in the log.
+
+    Raises ConfigError with the reasons if none can.
+    """
+    refused: list[str] = []
+    for candidate in AUTO if name == "auto" else (name,):
+        cls = backend_class(candidate)
+        reason = cls.supports(config)
+        if reason is None:
+            backend = cls(pool, config.num_heads, scale)
+            if name == "auto":
+                detail = "; ".join(filter(None, (backend.detail, *refused)))
+                logger.info("attention_backend auto: %s%s", candidate, f" ({detail})" if detail else "")
+            return backend
+        refused.append(f"{candidate!r} cannot serve this model: {reason}")
+    raise ConfigError(f"attention_backend: {'; '.join(refused)}")

@@ -34,12 +34,7 @@ class TorchBackend(AttentionBackend):
 
     @classmethod
     def supports(cls, config: BackendConfig) -> str | None:
-        small, large = sorted((config.page_size, config.block_length))
-        if large % small:
-            return f"page size {config.page_size} and block length {config.block_length} must divide one another"
-        if config.num_heads % config.num_kv_heads:
-            return f"{config.num_heads} query heads cannot share {config.num_kv_heads} KV heads"
-        return None
+        return config.misfit()
 
     def store_kv(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, locations_T: Tensor) -> None:
         keys = self.pool.k(layer)

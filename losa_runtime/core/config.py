@@ -47,7 +47,7 @@ class EngineConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: DType = "auto"
     kv_cache_dtype: DType = "auto"
-    attention_backend: Literal["auto", "torch"] = "auto"
+    attention_backend: Literal["auto", "native", "torch"] = "auto"
     context_length: int | None = Field(default=None, gt=0)
     block_length: int | None = Field(default=None, gt=0, le=1024)
     mask_token_id: int | None = Field(default=None, ge=0)

@@ -81,7 +81,7 @@ class SparseAttend:
             plan = method.plan(layer, q_RHD, step, backend)
             prefix = method.complete(layer, plan, backend.prefix(layer, q_RHD, plan, group), step)
         party.meter.add(plan)
-        return backend.merge(prefix, backend.block(q_RHD, k_RGD, v_RGD, group))
+        return backend.block_merged(prefix, q_RHD, k_RGD, v_RGD, group)
 
 
 def _method_name(segment: Segment) -> str | None:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losa_kernels.reference.selection import active_rows, query_change
 from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.sparse.method import DenoiseStep, Geometry, SparseMethod
@@ -51,8 +50,11 @@ class Losa(SparseMethod):
     def plan(self, layer: int, q_RHD: Tensor, step: DenoiseStep, backend: AttentionBackend) -> PrefixPlan:
         memory = self._allocate(q_RHD)
         q_SBHD = q_RHD.view(len(step.slots), self.geometry.block_length, *q_RHD.shape[1:])
-        rows = None if all(step.opens) else self._active(layer, q_SBHD, step, memory)
-        memory.query[layer, step.slots_S] = q_SBHD
+        if all(step.opens):
+            rows = None
+            memory.query[layer, step.slots_S] = q_SBHD
+        else:
+            rows = self._active(layer, q_SBHD, step, memory, backend)
         whole = tuple(first or covered for first, covered in zip(step.opens, step.whole, strict=True))
         return plan_pages(layer, q_RHD, rows, whole, step, backend, self.geometry)
 
@@ -69,16 +71,16 @@ class Losa(SparseMethod):
     def release(self, slot: int) -> None:
         self._open[:, slot] = False
 
-    def _active(self, layer: int, q_SBHD: Tensor, step: DenoiseStep, memory: _Memory) -> Tensor:
+    def _active(
+        self, layer: int, q_SBHD: Tensor, step: DenoiseStep, memory: _Memory, backend: AttentionBackend
+    ) -> Tensor:
         """Rows to recompute, int64 sorted: all of an opening block, the most changed ones of the others."""
-        later = [index for index, first in enumerate(step.opens) if not first]
-        unknown = [step.slots[index] for index in later if not self._open[layer, step.slots[index]]]
+        open_slots = self._open[layer]
+        pairs = zip(step.slots, step.opens, strict=True)
+        unknown = [slot for slot, first in pairs if not first and not open_slots[slot]]
         assert not unknown, f"slots {unknown} are read in layer {layer} without an opening step"
-        later_S = step.tensor(later, torch.int64)
-        change_SB = query_change(q_SBHD[later_S], memory.query[layer, step.slots_S[later_S]])
-        active_SB = torch.ones(q_SBHD.shape[:2], dtype=torch.bool, device=q_SBHD.device)
-        active_SB[later_S] = active_rows(change_SB, step.active_count_S[later_S], step.active_tau_S[later_S])
-        return active_SB.flatten().nonzero().flatten()
+        rules = (step.active_count_S, step.active_tau_S)
+        return backend.changed_rows(q_SBHD, memory.query[layer], step.slots_S, step.opens, *rules)
 
     def _allocate(self, like: Tensor) -> _Memory:
         """The memory, made when the first query tells its dtype."""

@@ -21,6 +21,7 @@ from losa_runtime.sparse.density import SegmentReport
 from losa_runtime.sparse.method import Geometry, declared_summaries, make_methods
 
 CPU = torch.device("cpu")
+BACKEND = "torch"  # what the next stage computes with; the suite runs once per backend (conftest.py)
 
 
 class Sizes(NamedTuple):
@@ -91,7 +92,7 @@ class Stage:
             for kind in self.pool.summaries:
                 self.pool.summary(layer, kind).fill_(torch.nan)
         config = BackendConfig(CPU, torch.float32, dtype, s.heads, s.kv_heads, s.dim, s.page, s.block)
-        self.backend: AttentionBackend = make_backend("torch", config, self.pool)
+        self.backend: AttentionBackend = make_backend(BACKEND, config, self.pool)
         self.geometry = Geometry(s.layers, s.heads, s.kv_heads, s.dim, s.block, s.page, s.slots, CPU)
         self.methods = make_methods(self.geometry)
         self._free = torch.randperm(s.pages, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,6 +1,8 @@
-"""The torch backend against the reference, for every shape of question the seam can ask."""
+"""Every backend against the reference, for every shape of question the seam can ask."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,39 +12,49 @@ from losa_kernels.reference import attention as ref
 from losa_kernels.reference.selection import page_scores
 from losa_runtime.attention import torch_backend
 from losa_runtime.attention.backend import (
+    AttentionBackend,
     AttnState,
     BackendConfig,
     KVIndices,
     PrefixPlan,
     RowGroup,
     ScoreKind,
+    backend_class,
     make_backend,
 )
 from losa_runtime.attention.torch_backend import TorchBackend
 from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.core.batch import ForwardMode, Segment
 from losa_runtime.core.errors import ConfigError
+from tests.kernels.native import require_native
 
 H, G, D, B, PAGE = 6, 2, 16, 4, 8
 CPU = torch.device("cpu")
 SCALE = D**-0.5
 
 
-@pytest.fixture(params=[True, False], ids=["flash", "matmul"], autouse=True)
-def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything once with the CPU's flash operation and once with the plain one that other devices use."""
-    if not request.param:
+Make = Callable[..., AttentionBackend]
+
+
+@pytest.fixture(params=["flash", "matmul", "native"])
+def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes backends over pools of NaN: torch with the CPU's flash operation or with the plain one, or native."""
+    if request.param == "native":
+        require_native()
+    elif request.param == "matmul":
         monkeypatch.setattr(torch_backend, "_flash", lambda q: False)
+    cls = backend_class("native" if request.param == "native" else "torch")
+
+    def build(dtype: torch.dtype = torch.float32, pages: int = 40) -> AttentionBackend:
+        pool = KVPool(1, pages, G, PAGE, D, dtype, CPU, frozenset({Summary.KEY_BOUNDS}))
+        for tensor in (pool.k(0), pool.v(0), pool.summary(0, Summary.KEY_BOUNDS)):
+            tensor.fill_(torch.nan)
+        return cls(pool, H)
+
+    return build
 
 
-def make(dtype: torch.dtype = torch.float32) -> TorchBackend:
-    pool = KVPool(1, 40, G, PAGE, D, dtype, CPU, frozenset({Summary.KEY_BOUNDS}))
-    for tensor in (pool.k(0), pool.v(0), pool.summary(0, Summary.KEY_BOUNDS)):
-        tensor.fill_(torch.nan)
-    return TorchBackend(pool, H)
-
-
-def store(backend: TorchBackend, pages: Tensor, k: Tensor, v: Tensor, start: int = 0) -> None:
+def store(backend: AttentionBackend, pages: Tensor, k: Tensor, v: Tensor, start: int = 0) -> None:
     at = torch.arange(start, start + k.shape[0])
     backend.store_kv(0, k, v, pages[at // PAGE] * PAGE + at % PAGE)
 
@@ -51,7 +63,7 @@ def block_segment(index: int, prefix_len: int, pages: Tensor) -> Segment:
     return Segment(ForwardMode.DENOISE, index * B, (index + 1) * B, prefix_len, pages, slot=index)
 
 
-def three_requests(backend: TorchBackend) -> RowGroup:
+def three_requests(backend: AttentionBackend) -> RowGroup:
     """Prefixes of 20 (a partial page), 0 and 48 positions."""
     segments = []
     for index, length in enumerate((20, 0, 48)):
@@ -62,13 +74,13 @@ def three_requests(backend: TorchBackend) -> RowGroup:
     return RowGroup.of(segments, B, CPU)
 
 
-def reference_prefix(backend: TorchBackend, group: RowGroup, index: int, q: Tensor) -> tuple[Tensor, Tensor]:
+def reference_prefix(backend: AttentionBackend, group: RowGroup, index: int, q: Tensor) -> tuple[Tensor, Tensor]:
     segment = group.segments[index]
     caches = (backend.pool.k(0), backend.pool.v(0))
     return ref.prefix_attention(q, *caches, segment.pages, segment.prefix_len, SCALE)
 
 
-def test_whole_prefixes_of_several_requests() -> None:
+def test_whole_prefixes_of_several_requests(make: Make) -> None:
     backend = make()
     group, q = three_requests(backend), torch.randn(3 * B, H, D)
     got = backend.prefix(0, q, PrefixPlan(), group)
@@ -79,7 +91,7 @@ def test_whole_prefixes_of_several_requests() -> None:
     assert not got.out_RHD[B : 2 * B].any() and bool((got.lse_RH[B : 2 * B] == -torch.inf).all())
 
 
-def test_planned_rows_only() -> None:
+def test_planned_rows_only(make: Make) -> None:
     backend = make()
     group, q = three_requests(backend), torch.randn(3 * B, H, D)
     everything = backend.prefix(0, q, PrefixPlan(), group)
@@ -93,7 +105,7 @@ def test_planned_rows_only() -> None:
 @pytest.mark.parametrize("heads", [G, H])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("granule", [PAGE, 1])
-def test_lists_of_every_kind(heads: int, per_row: bool, granule: int) -> None:
+def test_lists_of_every_kind(make: Make, heads: int, per_row: bool, granule: int) -> None:
     backend = make()
     group, q = three_requests(backend), torch.randn(3 * B, H, D)
     rows = torch.tensor([0, 2, 3, 8, 10])
@@ -118,7 +130,7 @@ def test_lists_of_every_kind(heads: int, per_row: bool, granule: int) -> None:
             torch.testing.assert_close(got.lse_RH[place, head], lse[0], rtol=1e-5, atol=1e-6)
 
 
-def test_some_segments_whole_and_some_listed() -> None:
+def test_some_segments_whole_and_some_listed(make: Make) -> None:
     backend = make()
     group, q = three_requests(backend), torch.randn(3 * B, H, D)
     chosen = torch.zeros(3, G, 6, dtype=torch.bool)
@@ -131,8 +143,8 @@ def test_some_segments_whole_and_some_listed() -> None:
 
 
 @pytest.mark.parametrize(("prefix_len", "count"), [(0, 20), (8, 4), (12, 600), (508, 8)])
-def test_prefill_is_block_causal_over_pages(prefix_len: int, count: int) -> None:
-    backend = TorchBackend(KVPool(1, 90, G, PAGE, D, torch.float32, CPU, frozenset({Summary.KEY_BOUNDS})), H)
+def test_prefill_is_block_causal_over_pages(make: Make, prefix_len: int, count: int) -> None:
+    backend = make(pages=90)
     pages, total = torch.randperm(90), prefix_len + count
     store(backend, pages, torch.randn(total, G, D), torch.randn(total, G, D))
     q = torch.randn(count, H, D)
@@ -141,9 +153,8 @@ def test_prefill_is_block_causal_over_pages(prefix_len: int, count: int) -> None
     torch.testing.assert_close(backend.prefill(0, q, group), want, rtol=1e-5, atol=1e-6)
 
 
-def test_prefill_is_the_same_bits_when_cut_at_tiles() -> None:
-    backend, length = make(), 2 * torch_backend.PREFILL_TILE
-    backend = TorchBackend(KVPool(1, 90, G, PAGE, D, torch.float32, CPU), H)
+def test_prefill_is_the_same_bits_when_cut_at_tiles(make: Make) -> None:
+    backend, length = make(pages=90), 2 * torch_backend.PREFILL_TILE
     pages, q = torch.randperm(90), torch.randn(length, H, D)
     store(backend, pages, torch.randn(length, G, D), torch.randn(length, G, D))
 
@@ -155,7 +166,7 @@ def test_prefill_is_the_same_bits_when_cut_at_tiles() -> None:
     assert torch.equal(run(0, length), torch.cat((run(0, half), run(half, length))))
 
 
-def test_block_attention_of_each_block() -> None:
+def test_block_attention_of_each_block(make: Make) -> None:
     backend = make()
     group = RowGroup.of([block_segment(index, 0, torch.arange(1)) for index in range(3)], B, CPU)
     q, k, v = torch.randn(3 * B, H, D), torch.randn(3 * B, G, D), torch.randn(3 * B, G, D)
@@ -166,7 +177,7 @@ def test_block_attention_of_each_block() -> None:
     assert torch.equal(backend.block(q[B : 2 * B], k[B : 2 * B], v[B : 2 * B], alone).out_RHD, got.out_RHD[B : 2 * B])
 
 
-def test_prefix_and_block_merge_to_one_softmax() -> None:
+def test_prefix_and_block_merge_to_one_softmax(make: Make) -> None:
     backend = make()
     pages, k, v = torch.tensor([7, 3, 9]), torch.randn(24, G, D), torch.randn(24, G, D)
     store(backend, pages, k[:20], v[:20])
@@ -177,7 +188,7 @@ def test_prefix_and_block_merge_to_one_softmax() -> None:
     torch.testing.assert_close(ref.fold_heads(merged, G), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_scores_of_some_rows_with_padding() -> None:
+def test_scores_of_some_rows_with_padding(make: Make) -> None:
     backend = make()
     group, q = three_requests(backend), torch.randn(3 * B, H, D)
     rows = torch.tensor([1, 3, 8])
@@ -189,13 +200,13 @@ def test_scores_of_some_rows_with_padding() -> None:
     assert bool((scores[:2, :, 3:] == -torch.inf).all()) and bool(scores[2].isfinite().all())
 
 
-def bounds_of(backend: TorchBackend, page: int) -> tuple[Tensor, Tensor]:
+def bounds_of(backend: AttentionBackend, page: int) -> tuple[Tensor, Tensor]:
     both = backend.pool.summary(0, Summary.KEY_BOUNDS)[page]
     return both[:, 0], both[:, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_summary_of_a_page_filled_by_two_blocks(dtype: torch.dtype) -> None:
+def test_summary_of_a_page_filled_by_two_blocks(make: Make, dtype: torch.dtype) -> None:
     backend, pages = make(dtype), torch.tensor([5])
     k = torch.randn(8, G, D)
     kept = k.to(dtype)
@@ -206,7 +217,7 @@ def test_summary_of_a_page_filled_by_two_blocks(dtype: torch.dtype) -> None:
     assert torch.equal(bounds_of(backend, 5)[1], kept.amin(0))
 
 
-def test_reused_page_shows_nothing_of_its_earlier_owner() -> None:
+def test_reused_page_shows_nothing_of_its_earlier_owner(make: Make) -> None:
     backend, pages = make(), torch.tensor([5])
     store(backend, pages, torch.full((8, G, D), 50.0), torch.full((8, G, D), 50.0))
     k, v, q = torch.randn(4, G, D), torch.randn(4, G, D), torch.randn(B, H, D)
@@ -220,7 +231,7 @@ def test_reused_page_shows_nothing_of_its_earlier_owner() -> None:
         torch.testing.assert_close(ref.fold_heads(got, G), want, rtol=1e-5, atol=1e-6)
 
 
-def test_pages_in_bfloat16_are_read_as_they_were_rounded() -> None:
+def test_pages_in_bfloat16_are_read_as_they_were_rounded(make: Make) -> None:
     exact, rounded = make(), make(torch.bfloat16)
     pages, k, v = torch.tensor([1, 0, 2]), torch.randn(20, G, D), torch.randn(20, G, D)
     store(rounded, pages, k, v)
@@ -244,6 +255,6 @@ def test_refusals_name_the_reason() -> None:
     pool = KVPool(1, 1, G, 12, D, torch.float32)
     with pytest.raises(ConfigError, match="page size 12 and block length 8"):
         make_backend("torch", config, pool)
-    with pytest.raises(ConfigError, match="found 'fast', allowed: torch"):
+    with pytest.raises(ConfigError, match="found 'fast', allowed: native, torch"):
         make_backend("fast", config._replace(page_size=8), pool)
     assert TorchBackend.supports(config._replace(page_size=16)) is None

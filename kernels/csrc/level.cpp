@@ -1,0 +1,219 @@
+// The functions of one instruction set. Compiled once per level, with that level's flags and its table's name in
+// LOSA_LEVEL_TABLE.
+#include "level.h"
+#include "simd.h"
+#include "tile.h"
+
+namespace {
+
+using losa::Keys;
+using losa::State;
+using losa::Tiles;
+
+// Weights of one row against a tile: scores become e^(score - top); returns by what older sums shrink.
+inline float weigh(float* scores, int columns, int seen, float* top, float* lanes) {
+  V best = splat(kMinusInfinity);
+  for (int i = 0; i < columns; i += W) {
+    V score = load(scores + i);
+    if (seen < i + W) {
+      score = count_from(i) < I{} + seen ? score : splat(kMinusInfinity);
+      store(scores + i, score);
+    }
+    best = larger(score, best);
+  }
+  const float before = *top, found = largest_of(best), now = found > before ? found : before;
+  if (now == kMinusInfinity) {  // nothing seen yet: weights 0 instead of e^(-inf + inf)
+    for (int i = 0; i < columns; i += W) {
+      const V score = load(scores + i);  // a NaN must not be lost here
+      store(scores + i, score == score ? splat(0.0f) : score);
+    }
+    return 1.0f;
+  }
+  V shift = splat(now), sum = splat(0.0f);
+  for (int i = 0; i < columns; i += W) {
+    const V weight = exponential(load(scores + i) - shift);
+    store(scores + i, weight);
+    sum += weight;
+  }
+  float shrink[W];
+  store(shrink, exponential(splat(before) - shift));
+  store(lanes, fma(load(lanes), splat(shrink[0]), sum));
+  *top = now;
+  return shrink[0];
+}
+
+inline int whole_vectors(int count) {
+  return (count + W - 1) / W * W;
+}
+
+// Tile rows as floats, padded to whole vectors with the first row (which weighs nothing there), and turned.
+inline void turn_tile(const void* from, int dtype, int dim, const int64_t* where, int count, const Tiles& tiles) {
+  const float* rows[kKeys];
+  tile_rows(from, dtype, dim, where, count, tiles.keys, rows);
+  const int columns = whole_vectors(count);
+  for (int i = count; i < columns; ++i) rows[i] = rows[0];
+  turn(rows, columns, dim, tiles.turned);
+}
+
+template <int R>
+inline void dots_of_rows(const float* q, int stride, int depth, int columns, const Tiles& tiles, float* scores) {
+  in_pieces(columns / W, kAcross, [&](int first, auto across) {
+    dots<R, (across.value < kAcross ? across.value : kAcross)>(q, stride, tiles.turned + first * W, depth,
+                                                               scores + first * W);
+  });
+}
+
+void attend(const float* q, int rows, const Keys& keys, const int32_t* visible, State state, const Tiles& tiles) {
+  const int dim = keys.dim, stride = stride_of(dim);
+  for (int i = 0; i < rows * stride; ++i) state.acc[i] = 0.0f;
+  for (int i = 0; i < rows * kLanes; ++i) tiles.lanes[i] = 0.0f;
+  for (int r = 0; r < rows; ++r) state.top[r] = kMinusInfinity;
+  for (int start = 0; start < keys.count; start += kKeys) {
+    const int count = keys.count - start < kKeys ? keys.count - start : kKeys, columns = whole_vectors(count);
+    const float* values[kKeys];
+    turn_tile(keys.k, keys.dtype, dim, keys.where + start, count, tiles);
+    tile_rows(keys.v, keys.dtype, dim, keys.where + start, count, tiles.values, values);
+    in_pieces(rows, kDown, [&](int first, auto down) {
+      constexpr int R = down.value;
+      float* weights = tiles.weights + first * kKeys;
+      dots_of_rows<R>(q + first * stride, stride, dim, columns, tiles, weights);
+      float shrink[R];
+      for (int r = 0; r < R; ++r) {
+        int seen = visible ? visible[first + r] - start : count;
+        seen = seen < count ? (seen > 0 ? seen : 0) : count;
+        float* lanes = tiles.lanes + (first + r) * kLanes;
+        shrink[r] = weigh(weights + r * kKeys, columns, seen, state.top + first + r, lanes);
+      }
+      in_pieces(stride / W, kAcross, [&](int part, auto across) {
+        mix<R, (across.value < kAcross ? across.value : kAcross)>(weights, values, part * W, count, shrink,
+                                                                  state.acc + first * stride, stride);
+      });
+    });
+  }
+  for (int r = 0; r < rows; ++r) state.sum[r] = sum_of(load(tiles.lanes + r * kLanes));
+}
+
+void add(State into, State from, int rows, int dim) {
+  const int stride = stride_of(dim);
+  for (int r = 0; r < rows; ++r) {
+    const float top = into.top[r] > from.top[r] ? into.top[r] : from.top[r];
+    if (top == kMinusInfinity) continue;
+    const float mine = __builtin_expf(into.top[r] - top), other = __builtin_expf(from.top[r] - top);
+    float *a = into.acc + r * stride, *b = from.acc + r * stride;
+    for (int d = 0; d < stride; d += W) store(a + d, fma(load(b + d), splat(other), load(a + d) * splat(mine)));
+    into.sum[r] = into.sum[r] * mine + from.sum[r] * other;
+    into.top[r] = top;
+  }
+}
+
+// out = a * left + b * right
+inline void blend(const float* a, float left, const float* b, float right, float* out, int dim) {
+  int d = 0;
+  for (; d + W <= dim; d += W) store(out + d, fma(load(b + d), splat(right), load(a + d) * splat(left)));
+  for (; d < dim; ++d) out[d] = __builtin_fmaf(b[d], right, a[d] * left);
+}
+
+void merge(const float* a, float lse_a, const float* b, float lse_b, float* out, int dim) {
+  const float top = lse_a > lse_b ? lse_a : lse_b;
+  if (top == kMinusInfinity) {
+    for (int d = 0; d < dim; ++d) out[d] = 0.0f;
+    return;
+  }
+  const float left = __builtin_expf(lse_a - top), right = __builtin_expf(lse_b - top), total = left + right;
+  blend(a, left / total, b, right / total, out, dim);
+}
+
+void finish(State state, int rows, int dim, float* const* out, float* const* lse, const float* const* other_out,
+            const float* const* other_lse) {
+  const int stride = stride_of(dim);
+  for (int r = 0; r < rows; ++r) {
+    const float* acc = state.acc + r * stride;
+    const float sum = state.sum[r], part = state.top[r] + __builtin_logf(sum);
+    if (lse) *lse[r] = state.top[r] == kMinusInfinity && sum == 0.0f ? kMinusInfinity : part;
+    if (other_out && *other_lse[r] != kMinusInfinity) {
+      const float most = state.top[r] > *other_lse[r] ? state.top[r] : *other_lse[r];
+      const float mine = __builtin_expf(state.top[r] - most), other = __builtin_expf(*other_lse[r] - most);
+      const float total = mine * sum + other;
+      blend(acc, mine / total, other_out[r], other / total, out[r], dim);
+    } else {
+      const float share = sum == 0.0f ? 0.0f : 1.0f / sum;
+      for (int d = 0; d < dim; ++d) out[r][d] = acc[d] * share;
+    }
+  }
+}
+
+void scores(const float* q, int rows, int share, int depth, const Keys& keys, float* const* out, const Tiles& tiles) {
+  const int columns = whole_vectors(keys.count), stride = stride_of(depth);
+  turn_tile(keys.k, keys.dtype, depth, keys.where, keys.count, tiles);
+  in_pieces(rows, kDown, [&](int first, auto down) {
+    dots_of_rows<down.value>(q + first * stride, stride, depth, columns, tiles, tiles.weights + first * kKeys);
+  });
+  for (int r = 0; r < rows; r += share) {
+    float* best = tiles.weights + r * kKeys;
+    for (int other = 1; other < share; ++other)
+      for (int i = 0; i < columns; i += W) store(best + i, larger(load(best + other * kKeys + i), load(best + i)));
+    for (int i = 0; i < keys.count; ++i) out[r / share][i] = best[i];
+  }
+}
+
+float distance(const void* a, const void* b, int dtype, int64_t count) {
+  V sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  int64_t i = 0;
+  for (; i + 4 * W <= count; i += 4 * W) {
+    LOSA_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      const V d = load_as(a, i + n * W, dtype) - load_as(b, i + n * W, dtype);
+      sums[n] = fma(d, d, sums[n]);
+    }
+  }
+  float total = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < count; ++i) {
+    const float d = load_one(a, i, dtype) - load_one(b, i, dtype);
+    total += d * d;
+  }
+  return total;
+}
+
+void copy(const void* from, int from_dtype, void* to, int to_dtype, int dim) {
+  if (from_dtype == to_dtype) {
+    __builtin_memcpy(to, from, (unsigned long)(dim * losa::bytes_of(to_dtype)));
+    return;
+  }
+  int d = 0;
+#if defined(__AVX512F__)
+  if (to_dtype == LOSA_F16)
+    for (; d + W <= dim; d += W)
+      _mm256_storeu_si256((__m256i*)((uint16_t*)to + d), _mm512_cvtps_ph(load_as(from, d, from_dtype), 0));
+#elif defined(__AVX2__)
+  if (to_dtype == LOSA_F16)
+    for (; d + W <= dim; d += W)
+      _mm_storeu_si128((__m128i*)((uint16_t*)to + d), _mm256_cvtps_ph(load_as(from, d, from_dtype), 0));
+#endif
+  for (; d < dim; ++d) store_one(to, d, to_dtype, load_one(from, d, from_dtype));
+}
+
+void bounds(const void* keys, int dtype, int dim, int count, void* top, void* bottom, float* buffer) {
+  const int stride = stride_of(dim);
+  float *high = buffer, *low = buffer + stride, *row = buffer + 2 * stride;
+  widen_row(keys, 0, dtype, dim, stride, high);
+  for (int d = 0; d < stride; d += W) store(low + d, load(high + d));
+  for (int i = 1; i < count; ++i) {
+    widen_row(keys, (int64_t)i * dim, dtype, dim, stride, row);
+    for (int d = 0; d < stride; d += W) {
+      store(high + d, larger(load(row + d), load(high + d)));
+      store(low + d, smaller(load(row + d), load(low + d)));
+    }
+  }
+  for (int d = 0; d < dim; ++d) {
+    store_one(top, d, dtype, high[d]);
+    store_one(bottom, d, dtype, low[d]);
+  }
+}
+
+}  // namespace
+
+namespace losa {
+
+extern const Level LOSA_LEVEL_TABLE = {attend, add, finish, scores, distance, copy, bounds, merge};
+
+}  // namespace losa

@@ -1,0 +1,112 @@
+// The C interface of the CPU kernels: plain pointers and sizes, no tensor library, so that one binary serves all.
+//
+// Every call covers all segments of a group at once. Arrays are contiguous and indices int64. Nothing is read or
+// written before all indices have been checked; a refusal returns 1 and leaves its reason in `LosaRun::error`.
+// Results are the same bits for any number of threads and any company in the batch.
+// S segments, B block length, R rows of the group, H query heads, G KV heads, D head dim, P pages of the pool.
+#ifndef LOSA_KERNELS_H
+#define LOSA_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LOSA_ABI 1
+#define LOSA_API __attribute__((visibility("default")))
+
+enum LosaDType { LOSA_F32 = 0, LOSA_BF16 = 1, LOSA_F16 = 2 };
+enum LosaLevel { LOSA_PORTABLE = 0, LOSA_AVX2 = 1, LOSA_AVX512 = 2 };
+
+typedef struct {
+  int32_t level;    // a LosaLevel for which losa_has_level says 1
+  int32_t threads;  // at least 1
+  char error[240];  // out: why a call was refused
+} LosaRun;
+
+// One layer's pages: k, v [P, G, page_size, D], bounds [P, G, 2, D] (maximum, then minimum; may be null).
+typedef struct {
+  int64_t pages;
+  int32_t kv_heads, page_size, head_dim, dtype;
+  void *k, *v, *bounds;
+} LosaPool;
+
+// Segments and their page tables: table[table_indptr[s] ...] are the pages of segment s in order.
+typedef struct {
+  int64_t segments;
+  const int64_t* table_indptr;  // [S + 1]
+  const int64_t* table;
+  const int64_t* prefix_lens;  // [S] stored positions before each segment's rows
+  int64_t block_length;
+} LosaGroup;
+
+// Query rows: q [R, H, D] of the whole group; rows [count], sorted, those to be computed (null: all of them).
+typedef struct {
+  const float* q;
+  int64_t total;
+  const int64_t* rows;
+  int64_t count;
+  int32_t heads;
+  float scale;
+} LosaQuery;
+
+// Granules to read, CSR: list (owner * heads + head). Owners are segments or, with per_row, computed rows.
+// whole [S]: 1 = read the whole prefix; the segment's lists are empty.
+typedef struct {
+  const int64_t* indptr;
+  const int64_t* indices;
+  int64_t index_count;
+  const uint8_t* whole;
+  int64_t granule;
+  int32_t heads, per_row;
+} LosaLists;
+
+LOSA_API int losa_abi(void);
+LOSA_API int losa_has_level(int level);
+
+// Attention of the computed rows to their prefixes (lists may be null: all of it). out [count, H, D], lse [count, H].
+LOSA_API int losa_prefix(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, const LosaLists*, float* out,
+                         float* lse);
+
+// Block-causal attention of stored rows; counts [S] rows per segment. out [R, H, D].
+LOSA_API int losa_prefill(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, const int64_t* counts,
+                          float* out);
+
+// Attention of each block of B rows to its own k, v [R, G, D], merged with the part over the prefix if there is one
+// (prefix_out [R, H, D] and prefix_lse [R, H], or both null). lse may be null.
+LOSA_API int losa_block(LosaRun*, const LosaQuery*, const float* k, const float* v, int64_t block_length,
+                        int32_t kv_heads, int32_t head_dim, const float* prefix_out, const float* prefix_lse,
+                        float* out, float* lse);
+
+// Merge two parts over disjoint keys, n vectors of dim each.
+LOSA_API int losa_merge(LosaRun*, int64_t n, int32_t dim, const float* out_a, const float* lse_a, const float* out_b,
+                        const float* lse_b, float* out);
+
+// Upper bounds of q . k per page, unscaled: scores [count, H, width], -inf behind a segment's last page.
+LOSA_API int losa_page_scores(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, int64_t width,
+                              float* scores);
+
+// Best pages of each computed row and KV head (largest bound of its query heads, ties to the lowest page), their union
+// per segment and KV head as CSR lists. best [S]: pages per row. whole [S]: 1 = not scored, empty lists.
+// indptr [S * G + 1], indices [capacity]: sum over segments of G * min(pages, rows * best) is enough. seen [S]: rows.
+LOSA_API int losa_select_pages(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, const uint8_t* whole,
+                               const int64_t* best, int64_t capacity, int64_t* indptr, int64_t* indices, int64_t* seen);
+
+// Which rows changed: rows [S * B] receives the sorted active rows and *count their number. now [S, B, width] and
+// before [slots, B, width] have one dtype; segment s compares with before[slot[s]], which then becomes now.
+// fresh [S]: 1 = nothing to compare with, all rows. keep [S]: the most changed rows; share [S]: or those before which
+// less than this share of the change lies. 0 switches a rule off.
+LOSA_API int losa_changed_rows(LosaRun*, const void* now, void* before, int32_t dtype, int64_t segments,
+                               int64_t block_length, int64_t width, int64_t slots, const int64_t* slot,
+                               const uint8_t* fresh, const int64_t* keep, const float* share, int64_t* rows,
+                               int64_t* count);
+
+// Write k, v [count, G, D] of `dtype` at page * page_size + offset and renew the bounds of the touched pages.
+LOSA_API int losa_store(LosaRun*, const LosaPool*, const void* k, const void* v, int32_t dtype,
+                        const int64_t* locations, int64_t count);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

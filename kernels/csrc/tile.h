@@ -1,0 +1,157 @@
+// Small matrix products on tiles: turning keys, queries times keys, weights times values.
+//
+// Each result element is one chain of multiply-adds in a fixed order, whatever block it is computed in: a row's
+// result does not depend on how rows and columns are cut into blocks.
+#pragma once
+
+#include "level.h"
+#include "simd.h"
+
+namespace {
+
+using losa::kKeys;
+using losa::kLanes;
+using losa::kRows;
+using losa::stride_of;
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// Calls body(Count<n>) for n in 1 .. 6.
+template <class Body>
+inline void with_count(int n, Body body) {
+  switch (n) {
+    case 1: return body(Count<1>{});
+    case 2: return body(Count<2>{});
+    case 3: return body(Count<3>{});
+    case 4: return body(Count<4>{});
+    case 5: return body(Count<5>{});
+    default: return body(Count<6>{});
+  }
+}
+
+// Cuts 0 .. total into pieces of at most `most`, as equal as possible, and calls body(first, Count<size>).
+template <class Body>
+inline void in_pieces(int total, int most, Body body) {
+  const int pieces = (total + most - 1) / most;
+  for (int i = 0, first = 0; i < pieces; ++i) {
+    const int size = (total - first + pieces - i - 1) / (pieces - i);
+    with_count(size, [&](auto count) { body(first, count); });
+    first += size;
+  }
+}
+
+// A vector of any dtype as floats, zeros up to the stride.
+inline void widen_row(const void* from, int64_t at, int dtype, int dim, int stride, float* to) {
+  int d = 0;
+  for (; d + W <= dim; d += W) store(to + d, load_as(from, at + d, dtype));
+  for (; d < dim; ++d) to[d] = load_one(from, at + d, dtype);
+  for (; d < stride; ++d) to[d] = 0.0f;
+}
+
+// Pointers to the vectors of a tile as floats; copies only what is not float already or ends within a vector.
+inline void tile_rows(const void* from, int dtype, int dim, const int64_t* where, int count, float* copies,
+                      const float** rows) {
+  if (dtype == LOSA_F32 && dim % kLanes == 0) {
+    for (int i = 0; i < count; ++i) rows[i] = (const float*)from + where[i];
+    return;
+  }
+  const int stride = stride_of(dim);
+  for (int i = 0; i < count; ++i) {
+    widen_row(from, where[i], dtype, dim, stride, copies + i * stride);
+    rows[i] = copies + i * stride;
+  }
+}
+
+// Four channels of W rows, turned: out[c] holds channel c of all rows.
+inline void turn_quad(const float* const* rows, int d, float* out) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  V z[4];
+  LOSA_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const __m128 first = _mm_loadu_ps(rows[j] + d), second = _mm_loadu_ps(rows[j + 4] + d);
+    const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(first), second, 1);
+#if defined(__AVX512F__)
+    const __m512 three = _mm512_insertf32x4(_mm512_castps256_ps512(low), _mm_loadu_ps(rows[j + 8] + d), 2);
+    z[j] = _mm512_insertf32x4(three, _mm_loadu_ps(rows[j + 12] + d), 3);
+#else
+    z[j] = low;
+#endif
+  }
+#if defined(__AVX512F__)
+#define LOSA_PAIR(kind, width, a, b) _mm512_unpack##kind##_##width(a, b)
+  typedef __m512d Pair;
+#else
+#define LOSA_PAIR(kind, width, a, b) _mm256_unpack##kind##_##width(a, b)
+  typedef __m256d Pair;
+#endif
+  const Pair low01 = (Pair)LOSA_PAIR(lo, ps, z[0], z[1]), high01 = (Pair)LOSA_PAIR(hi, ps, z[0], z[1]);
+  const Pair low23 = (Pair)LOSA_PAIR(lo, ps, z[2], z[3]), high23 = (Pair)LOSA_PAIR(hi, ps, z[2], z[3]);
+  store(out, (V)LOSA_PAIR(lo, pd, low01, low23));
+  store(out + kKeys, (V)LOSA_PAIR(hi, pd, low01, low23));
+  store(out + 2 * kKeys, (V)LOSA_PAIR(lo, pd, high01, high23));
+  store(out + 3 * kKeys, (V)LOSA_PAIR(hi, pd, high01, high23));
+#undef LOSA_PAIR
+#else
+  for (int c = 0; c < 4; ++c)
+    for (int i = 0; i < W; ++i) out[c * kKeys + i] = rows[i][d + c];
+#endif
+}
+
+// turned[d][i] = rows[i][d] for `columns` rows (a multiple of W).
+inline void turn(const float* const* rows, int columns, int depth, float* turned) {
+  for (int i = 0; i < columns; i += W)
+    for (int d = 0; d < depth; d += 4) turn_quad(rows + i, d, turned + d * kKeys + i);
+}
+
+// out [R, kKeys] = q [R, stride] times turned keys, N vectors of columns.
+template <int R, int N>
+inline void dots(const float* q, int stride, const float* turned, int depth, float* out) {
+  V sum[R][N];
+  LOSA_UNROLL
+  for (int r = 0; r < R; ++r) LOSA_UNROLL
+  for (int n = 0; n < N; ++n) sum[r][n] = splat(0.0f);
+  for (int d = 0; d < depth; ++d) {
+    V keys[N];
+    LOSA_UNROLL
+    for (int n = 0; n < N; ++n) keys[n] = load(turned + d * kKeys + n * W);
+    LOSA_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const V each = splat(q[r * stride + d]);
+      LOSA_UNROLL
+      for (int n = 0; n < N; ++n) sum[r][n] = fma(each, keys[n], sum[r][n]);
+    }
+  }
+  LOSA_UNROLL
+  for (int r = 0; r < R; ++r) LOSA_UNROLL
+  for (int n = 0; n < N; ++n) store(out + r * kKeys + n * W, sum[r][n]);
+}
+
+// acc [R, stride] = acc * shrink + weights [R, kKeys] times values, N vectors of channels.
+template <int R, int N>
+inline void mix(const float* weights, const float* const* values, int first, int count, const float* shrink, float* acc,
+                int stride) {
+  V sum[R][N];
+  LOSA_UNROLL
+  for (int r = 0; r < R; ++r) LOSA_UNROLL
+  for (int n = 0; n < N; ++n) sum[r][n] = load(acc + r * stride + first + n * W) * splat(shrink[r]);
+  for (int i = 0; i < count; ++i) {
+    const float* row = values[i] + first;
+    V value[N];
+    LOSA_UNROLL
+    for (int n = 0; n < N; ++n) value[n] = load(row + n * W);
+    LOSA_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const V each = splat(weights[r * kKeys + i]);
+      LOSA_UNROLL
+      for (int n = 0; n < N; ++n) sum[r][n] = fma(each, value[n], sum[r][n]);
+    }
+  }
+  LOSA_UNROLL
+  for (int r = 0; r < R; ++r) LOSA_UNROLL
+  for (int n = 0; n < N; ++n) store(acc + r * stride + first + n * W, sum[r][n]);
+}
+
+}  // namespace

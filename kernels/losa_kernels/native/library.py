@@ -1,0 +1,137 @@
+"""Finding and loading the shared library, and what it can do on this CPU.
+
+The C structures mirror csrc/losa_kernels.h; LOSA_ABI there and ABI here change together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, c_char, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ABI = 1
+LEVELS = ("portable", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_HEAD_DIM = 512
+FILE = Path(__file__).with_name("liblosa_kernels.so")
+
+
+class NativeUnavailable(Exception):
+    """The kernels cannot be used here; the text says why."""
+
+
+class CRun(ctypes.Structure):
+    """LosaRun."""
+
+    _fields_ = (("level", c_int32), ("threads", c_int32), ("error", c_char * 240))
+
+
+class CPool(ctypes.Structure):
+    """LosaPool."""
+
+    _fields_ = (
+        ("pages", c_int64),
+        ("kv_heads", c_int32),
+        ("page_size", c_int32),
+        ("head_dim", c_int32),
+        ("dtype", c_int32),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("bounds", c_void_p),
+    )
+
+
+class CGroup(ctypes.Structure):
+    """LosaGroup."""
+
+    _fields_ = (
+        ("segments", c_int64),
+        ("table_indptr", c_void_p),
+        ("table", c_void_p),
+        ("prefix_lens", c_void_p),
+        ("block_length", c_int64),
+    )
+
+
+class CQuery(ctypes.Structure):
+    """LosaQuery."""
+
+    _fields_ = (
+        ("q", c_void_p),
+        ("total", c_int64),
+        ("rows", c_void_p),
+        ("count", c_int64),
+        ("heads", c_int32),
+        ("scale", c_float),
+    )
+
+
+class CLists(ctypes.Structure):
+    """LosaLists."""
+
+    _fields_ = (
+        ("indptr", c_void_p),
+        ("indices", c_void_p),
+        ("index_count", c_int64),
+        ("whole", c_void_p),
+        ("granule", c_int64),
+        ("heads", c_int32),
+        ("per_row", c_int32),
+    )
+
+
+_RUN, _POOL, _GROUP, _QUERY = POINTER(CRun), POINTER(CPool), POINTER(CGroup), POINTER(CQuery)
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "losa_prefix": (_RUN, _POOL, _GROUP, _QUERY, POINTER(CLists), c_void_p, c_void_p),
+    "losa_prefill": (_RUN, _POOL, _GROUP, _QUERY, c_void_p, c_void_p),
+    "losa_block": (_RUN, _QUERY, c_void_p, c_void_p, c_int64, c_int32, c_int32, *(c_void_p,) * 4),
+    "losa_merge": (_RUN, c_int64, c_int32, *(c_void_p,) * 5),
+    "losa_page_scores": (_RUN, _POOL, _GROUP, _QUERY, c_int64, c_void_p),
+    "losa_select_pages": (_RUN, _POOL, _GROUP, _QUERY, c_void_p, c_void_p, c_int64, *(c_void_p,) * 3),
+    "losa_changed_rows": (_RUN, c_void_p, c_void_p, c_int32, *(c_int64,) * 4, *(c_void_p,) * 6),
+    "losa_store": (_RUN, _POOL, c_void_p, c_void_p, c_int32, c_void_p, c_int64),
+}
+
+
+@cache
+def _load(file: Path) -> ctypes.CDLL:
+    if not file.exists():
+        raise NativeUnavailable(f"{file.name} was not built: run `make kernels` (needs a C++ compiler)")
+    try:
+        library = ctypes.CDLL(str(file))
+        found = library.losa_abi()
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailable(f"{file.name} cannot be loaded: {error}") from None
+    if found != ABI:
+        raise NativeUnavailable(f"{file.name} has interface {found}, needed: {ABI}; run `make kernels`")
+    for name, types in SIGNATURES.items():
+        getattr(library, name).argtypes = types
+    return library
+
+
+class Kernels:
+    """The loaded library at one level of SIMD instructions.
+
+    level: "avx512", "avx2" or "portable"; None = LOSA_SIMD from the environment, else the best of this CPU.
+    file: another build of the library, None = LOSA_KERNELS from the environment, else the one in this folder.
+    Raises NativeUnavailable.
+    """
+
+    def __init__(self, level: str | None = None, file: Path | None = None) -> None:
+        self._library = _load(file or Path(os.environ.get("LOSA_KERNELS") or FILE))
+        offered = [name for number, name in enumerate(LEVELS) if self._library.losa_has_level(number)]
+        wanted = level or os.environ.get("LOSA_SIMD") or offered[-1]
+        if wanted not in offered:
+            raise NativeUnavailable(f"SIMD level: found {wanted!r}, this CPU offers: {', '.join(offered)}")
+        self.level, self.offered = wanted, tuple(offered)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a kernel on torch's number of threads. Raises ValueError with the kernel's reason."""
+        run = CRun(LEVELS.index(self.level), torch.get_num_threads())
+        if getattr(self._library, name)(ctypes.byref(run), *arguments):
+            raise ValueError(f"{name}: {run.error.decode()}")

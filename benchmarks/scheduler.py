@@ -74,6 +74,10 @@ class TimedCache(PrefixCache):
         with self.clock.part("radix"):
             return super().open(namespace, tokens, capacity)
 
+    def peek(self, namespace: str, tokens: TokenIds) -> int:
+        with self.clock.part("radix"):
+            return super().peek(namespace, tokens)
+
     def publish(self, lease: Lease, tokens: TokenIds) -> None:
         with self.clock.part("radix"):
             super().publish(lease, tokens)

@@ -99,6 +99,11 @@ def assemble(config: EngineConfig) -> Parts:
         rope_scaling=config.rope_scaling,
     )
     tokenizer = Tokenizer(tokenizer_folder, model_config.mask_token_id)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ConfigError(
+            f"tokenizer: found {tokenizer.vocab_size} ids in {tokenizer_folder}, "
+            f"allowed: at most the model's {model_config.vocab_size}"
+        )
     device = _device(config)
     dtype = _dtype("dtype", config.dtype, torch.float32 if device.type == "cpu" else getattr(torch, model_config.dtype))
     kv_dtype = _dtype("kv_cache_dtype", config.kv_cache_dtype, dtype)

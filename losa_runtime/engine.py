@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from losa_runtime.text_stream import TextStream
 from losa_runtime.tokenizer import Detokenizer
 
 logger = logging.getLogger(__name__)
+
+CHECK_INTERVAL_S = 10.0
 
 
 class Engine:
@@ -50,6 +53,7 @@ class Engine:
             ),
         )
         self._arrivals = 0
+        self._next_check = 0.0
         self._forwards = self._generated = 0
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -57,13 +61,19 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """One round: schedule, run, commit."""
         work = self.scheduler.schedule()
-        results = self.parts.runner.run(work) if work.items else []
+        results = self.parts.runner.run(work)
         outputs = self.scheduler.commit(results)
         self._forwards += bool(work.items)
         self._generated += sum(len(output.token_ids) for output in outputs)
-        if not self.scheduler.has_work:
-            self.parts.cache.check()
+        self._check_when_idle()
         return outputs
+
+    def _check_when_idle(self) -> None:
+        """Every page in one hand? Asked in production too, now and then, when nobody has to wait for the answer."""
+        now = time.monotonic()
+        if not self.scheduler.has_work and now >= self._next_check:
+            self.parts.cache.check()
+            self._next_check = now + CHECK_INTERVAL_S
 
     def has_work(self) -> bool:
         """True while a request is live or an ending has not been reported."""
@@ -109,7 +119,10 @@ class Engine:
             raise InvalidRequest("logprob_start_len", request.score.start, f"at most the prompt's {len(ids)} tokens")
 
     def _check_ids(self, ids: tuple[int, ...]) -> None:
-        tokens = np.asarray(ids, dtype=np.int64)
+        try:
+            tokens = np.asarray(ids, dtype=np.int64)
+        except OverflowError:
+            raise InvalidRequest("input_ids", "an integer of more than 64 bits", "token ids") from None
         size, mask = self.parts.tokenizer.vocab_size, self.parts.model_config.mask_token_id
         outside = np.flatnonzero((tokens < 0) | (tokens >= size) | (tokens == mask))
         if outside.size:
@@ -121,10 +134,14 @@ class Engine:
     def _settle(self, request: Request) -> ReqSettings:
         params, tokenizer = request.sampling, self.parts.tokenizer
         check_logit_bias(params, tokenizer.vocab_size)
+        if params.n != 1:
+            raise InvalidRequest(
+                "sampling_params.n", params.n, "1 (an engine request is one sample; send more of them)"
+            )
         for token in params.stop_token_ids:
             if not 0 <= token < tokenizer.vocab_size:
                 raise InvalidRequest("sampling_params.stop_token_ids", token, f"0 to {tokenizer.vocab_size - 1}")
-        room = self.parts.context_length - len(request.prompt_ids)
+        room = self._room(request)
         eos = self.parts.eos_token_ids
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         if len(ends | (eos if params.ignore_eos else frozenset())) + 1 >= tokenizer.vocab_size:
@@ -139,6 +156,15 @@ class Engine:
             decoding=resolve_decoding(params.custom_params, self.config, self.parts.model_config.block_length),
             text=TextStream(Detokenizer(tokenizer, params.skip_special_tokens), params.stop, params.no_stop_trim),
         )
+
+    def _room(self, request: Request) -> int:
+        """Output tokens of a request that names no limit: what context and page pool leave."""
+        pool = self.parts.cache.pool.num_pages * self.parts.cache.page_size
+        room = max(0, min(self.parts.context_length, pool) - len(request.prompt_ids))
+        params = request.sampling
+        if params.max_new_tokens is None and params.min_new_tokens > room:
+            raise InvalidRequest("sampling_params.min_new_tokens", params.min_new_tokens, f"at most {room}")
+        return room
 
     def _seed(self, request: Request, params: SamplingParams) -> int:
         """The request's own seed, else one made of the engine's seed and the request's place in the order."""

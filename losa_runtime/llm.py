@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from losa_runtime.core.config import EngineConfig
-from losa_runtime.core.errors import InvalidRequest, LosaError
-from losa_runtime.core.request import FinishReason, Request, RequestOutput, RequestStats, ScoreSpec
+from losa_runtime.core.errors import InvalidRequest, LosaError, invalid_request
+from losa_runtime.core.request import FinishReason, Request, RequestOutput, RequestStats
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.engine import Engine
 
@@ -42,6 +45,7 @@ class LLM:
         )  # nobody else is waiting: the caller holds all prompts anyway
         self.engine = Engine(EngineConfig.parse(model=str(model), **options))
         self.tokenizer = self.engine.parts.tokenizer
+        self._names = itertools.count()  # request ids are never used twice
 
     def generate(
         self,
@@ -53,59 +57,89 @@ class LLM:
     ) -> list[Completion]:
         """Complete prompts (texts or token ids), all batched together; the results come in the order of the prompts.
 
-        sampling_params: one for all, or one per prompt. Raises InvalidRequest, naming the prompt, before any work.
+        sampling_params: one for all, or one per prompt. Raises InvalidRequest, naming the prompt, before any work. A
+        request that fails in the engine has `finish.type` "error"; the others are not touched by it.
         """
         many = _as_list(prompts)
         params = _per_prompt(sampling_params, len(many))
         requests = [
-            Request(rid=str(i), prompt_ids=self._ids(p), sampling=s, output_logprobs=logprobs)
-            for i, (p, s) in enumerate(zip(many, params, strict=True))
+            self._request(i, prompt, sampling=s, output_logprobs=logprobs)
+            for i, (prompt, s) in enumerate(zip(many, params, strict=True))
         ]
         finished = self._run(requests, show_progress)
         return [_completion(finished[r.rid], logprobs) for r in requests]
 
     def score(self, prompts: Prompt | Sequence[Prompt], start: int = 0) -> list[tuple[float, ...]]:
-        """Log-probabilities of the prompts' tokens from position `start` on (see ScoreSpec for the definition)."""
+        """Log-probabilities of the prompts' tokens from position `start` on (see ScoreSpec for the definition).
+
+        Raises InvalidRequest before any work, LosaError if the engine could not score a prompt.
+        """
         nothing = SamplingParams(max_new_tokens=0)
         requests = [
-            Request(rid=str(i), prompt_ids=self._ids(p), sampling=nothing, score=ScoreSpec(start=start))
-            for i, p in enumerate(_as_list(prompts))
+            self._request(i, prompt, sampling=nothing, score={"start": start})
+            for i, prompt in enumerate(_as_list(prompts))
         ]
         finished = self._run(requests, show_progress=False)
-        return [finished[r.rid][-1].prompt_logprobs or () for r in requests]
+        return [_scores(finished[r.rid][-1]) for r in requests]
 
-    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+    def _request(self, index: int, prompt: Prompt, **fields: Any) -> Request:
+        where = f"prompts[{index}]"
+        try:
+            tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            ids = [operator.index(token) for token in tokens]
+        except TypeError:
+            raise InvalidRequest(where, prompt, "a text or a sequence of token ids") from None
+        try:
+            return Request(rid=f"{next(self._names)}", prompt_ids=tuple(ids), **fields)
+        except ValidationError as error:
+            raise invalid_request(where, error) from None
 
     def _run(self, requests: Sequence[Request], show_progress: bool) -> dict[str, list[RequestOutput]]:
-        """Add all, or none if one is refused; then step until the last has finished."""
-        for i, request in enumerate(requests):
-            try:
-                self.engine.add(request)
-            except LosaError as error:
-                for other in requests[:i]:
-                    self.engine.abort(other.rid)
-                while self.engine.has_work():
-                    self.engine.step()
-                if isinstance(error, InvalidRequest):
-                    raise InvalidRequest(f"prompts[{i}].{error.field}", error.found, error.allowed) from None
-                raise
+        """Add all, or none if one is refused; then step until the last has finished. Whatever interrupts this, none of
+        them stays behind in the engine."""
         news: dict[str, list[RequestOutput]] = {request.rid: [] for request in requests}
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, disable=not show_progress) as progress:
-            bar = progress.add_task("generating", total=len(requests))
-            while self.engine.has_work():
-                for output in self.engine.step():
-                    news[output.rid].append(output)
-                    progress.advance(bar, output.finish is not None)
+        try:
+            for i, request in enumerate(requests):
+                self._add(f"prompts[{i}]", request)
+            with Progress(*columns, disable=not show_progress) as progress:
+                bar = progress.add_task("generating", total=len(requests))
+                while self.engine.has_work():
+                    for output in self.engine.step():
+                        news[output.rid].append(output)
+                        progress.advance(bar, output.finish is not None)
+        except BaseException:
+            for request in requests:
+                self.engine.abort(request.rid)
+            while self.engine.has_work():  # only endings to be collected: nothing is left to run
+                self.engine.step()
+            raise
         return news
+
+    def _add(self, where: str, request: Request) -> None:
+        try:
+            self.engine.add(request)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{where}.{error.field}", error.found, error.allowed) from None
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many: a text and a sequence of integers are one."""
     if isinstance(prompts, str):
         return [prompts]
-    many: list[Any] = list(prompts)
-    return [many] if many and isinstance(many[0], int) else many
+    try:
+        many: list[Any] = list(prompts)
+    except TypeError:
+        raise InvalidRequest("prompts", prompts, "a text, token ids, or a sequence of either") from None
+    one = bool(many) and not isinstance(many[0], str) and not hasattr(many[0], "__len__")
+    return [many] if one else many
+
+
+def _scores(last: RequestOutput) -> tuple[float, ...]:
+    assert last.finish is not None
+    if last.finish.type == "error":
+        raise LosaError(f"a prompt could not be scored: {last.finish.message}")
+    return last.prompt_logprobs or ()
 
 
 def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

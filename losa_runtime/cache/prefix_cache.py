@@ -63,6 +63,10 @@ class PrefixCache:
         self._leases.add(lease)
         return lease
 
+    def count_hit(self, lease: Lease) -> None:
+        """The lease's request was let in and will use what it found. One that is closed again never did."""
+        self.tree.count_hit(lease.handle)
+
     def grow(self, lease: Lease, tokens: int) -> bool:
         """Make the lease cover `tokens` positions, evicting if need be. False (and nothing changed) if it cannot."""
         need = -(-tokens // self.page_size) - lease.count
@@ -86,9 +90,7 @@ class PrefixCache:
         count = size // self.page_size
         if not self.reuse or count <= lease.shared:
             return
-        handle, present = self.tree.insert(lease.namespace, tokens[:size], lease.pages[:count])
-        self.tree.lock(handle)
-        self.tree.unlock(lease.handle)
+        handle, present = self.tree.extend(lease.namespace, lease.handle, tokens[:size], lease.pages[:count])
         duplicates = lease.pages[lease.shared : present // self.page_size].copy()
         lease.pages[:count] = handle.pages
         lease.handle, lease.shared = handle, count

@@ -25,12 +25,13 @@ _NO_PAGES: PageIds = np.empty(0, dtype=np.int64)
 class Node:
     """An edge and its end: `tokens` (a multiple of the unit) and the pages that hold their K/V."""
 
-    __slots__ = ("children", "hits", "last_used", "locks", "offered", "pages", "parent", "tokens")
+    __slots__ = ("children", "hits", "last_used", "locks", "namespace", "offered", "pages", "parent", "tokens")
 
     def __init__(self, parent: Node | None, tokens: TokenIds, pages: PageIds, last_used: int) -> None:
         self.parent, self.tokens, self.pages, self.last_used = parent, tokens, pages, last_used
         self.children: dict[bytes, Node] = {}
         self.locks = self.hits = 0
+        self.namespace = ""  # of a root
         self.offered = False  # has an entry in the tree's heap of eviction candidates
 
 
@@ -63,23 +64,13 @@ class RadixCache:
     def match(self, namespace: str, tokens: TokenIds) -> CacheHandle:
         """The longest cached prefix of `tokens` in whole units; splits a node where the match ends inside it."""
         self._clock += 1
-        node = self._roots.get(namespace)
-        if node is None:
-            node = self._roots[namespace] = Node(None, _NO_TOKENS, _NO_PAGES, self._clock)
-        done, pages = 0, []
-        while done < tokens.size:
-            child = node.children.get(self._key(tokens, done))
-            if child is None:
-                break
-            common = self._common(child.tokens, tokens[done:])
-            if common < child.tokens.size:
-                child = self._split(child, common)
-            child.last_used = self._clock
-            child.hits += 1
-            pages.append(child.pages)
-            done += common
-            node = child
-        return CacheHandle(node, done, np.concatenate(pages) if pages else _NO_PAGES)
+        root = self._roots.get(namespace) or Node(None, _NO_TOKENS, _NO_PAGES, self._clock)
+        return self._walk(CacheHandle(root, 0, _NO_PAGES), tokens)
+
+    def count_hit(self, handle: CacheHandle) -> None:
+        """A request will use the path of `handle`: what eviction by frequency goes by."""
+        for node in self._path(handle.node):
+            node.hits += 1
 
     def peek(self, namespace: str, tokens: TokenIds) -> int:
         """How many tokens `match` would find; changes nothing."""
@@ -93,29 +84,35 @@ class RadixCache:
             node = child if common == child.tokens.size else None
         return done
 
-    def insert(self, namespace: str, tokens: TokenIds, pages: PageIds) -> tuple[CacheHandle, int]:
-        """Store a prefix (whole units). Returns the handle of the whole path and the number of tokens that were
-        there already. The tree takes over the pages behind those; the earlier ones stay the caller's.
+    def extend(self, namespace: str, handle: CacheHandle, tokens: TokenIds, pages: PageIds) -> tuple[CacheHandle, int]:
+        """Store a prefix (whole units) whose first `handle.tokens` are the locked path of `handle`.
+
+        Returns the handle of the whole prefix, locked in place of `handle`, and the number of tokens that were there
+        already. The tree takes over the pages behind those; the earlier ones stay the caller's. Costs as much as what
+        is new: a leaf that this lock alone holds grows, so that a long output does not become a long chain.
         """
         assert tokens.size % self.unit == 0 and pages.size * self.page_size == tokens.size
-        handle = self.match(namespace, tokens)
-        present = handle.tokens
-        if present == tokens.size:
-            return handle, present
+        self._clock += 1
+        start = handle
+        if handle.tokens == 0:
+            root = self._roots.setdefault(namespace, Node(None, _NO_TOKENS, _NO_PAGES, self._clock))
+            root.namespace = namespace
+            start = CacheHandle(root, 0, _NO_PAGES)
+        found = self._walk(start, tokens)
+        node, present = found.node, found.tokens
         fresh = pages[present // self.page_size :].copy()
-        leaf = Node(handle.node, tokens[present:].copy(), fresh, self._clock)
-        handle.node.children[self._key(tokens, present)] = leaf
-        self.cached_pages += fresh.size
-        self.evictable_pages += fresh.size
-        self._offer(leaf)
-        return CacheHandle(leaf, tokens.size, np.concatenate([handle.pages, fresh])), present
+        if fresh.size:
+            node = self._append(node, start.node, tokens[present:], fresh)
+        for new in self._path(node):
+            if new is start.node:
+                break
+            self._lock_node(new)
+        return CacheHandle(node, tokens.size, np.concatenate([found.pages, fresh])), present
 
     def lock(self, handle: CacheHandle) -> None:
         """Protect the path of `handle` from eviction. Counted: each lock needs its own unlock."""
         for node in self._path(handle.node):
-            if node.locks == 0:
-                self.evictable_pages -= node.pages.size
-            node.locks += 1
+            self._lock_node(node)
 
     def unlock(self, handle: CacheHandle) -> None:
         """Undo one `lock`."""
@@ -138,13 +135,17 @@ class RadixCache:
             if tuple(rank) != self._rank(node):  # touched since it was offered
                 self._offer(node)
                 continue
+            self._keep_head(node, count - total)
             parent = node.parent
             assert parent is not None
             del parent.children[self._key(node.tokens, 0)]
             node.parent = None
             freed.append(node.pages)
             total += node.pages.size
-            self._offer(parent)
+            if parent.parent is not None:
+                self._offer(parent)
+            elif not parent.children:  # the namespace holds nothing any more
+                del self._roots[parent.namespace]
         self.cached_pages -= total
         self.evictable_pages -= total
         return np.concatenate(freed) if freed else _NO_PAGES
@@ -156,6 +157,45 @@ class RadixCache:
             node = stack.pop()
             yield node
             stack.extend(node.children.values())
+
+    def _walk(self, start: CacheHandle, tokens: TokenIds) -> CacheHandle:
+        """Follow `tokens` from a known path on, as far as they are cached."""
+        node, done, pages = start.node, start.tokens, [start.pages]
+        while done < tokens.size:
+            child = node.children.get(self._key(tokens, done))
+            if child is None:
+                break
+            common = self._common(child.tokens, tokens[done:])
+            if common < child.tokens.size:
+                child = self._split(child, common)
+            child.last_used = self._clock
+            pages.append(child.pages)
+            done += common
+            node = child
+        return CacheHandle(node, done, np.concatenate(pages))
+
+    def _append(self, node: Node, held: Node, tokens: TokenIds, fresh: PageIds) -> Node:
+        """Put new tokens behind `node`: into it, if it is the leaf `held` that one lock alone holds, or as a child."""
+        self.cached_pages += fresh.size
+        if node is held and node.parent is not None and node.locks == 1 and not node.children:
+            node.tokens, node.pages = np.concatenate([node.tokens, tokens]), np.concatenate([node.pages, fresh])
+            return node
+        leaf = Node(node, tokens.copy(), fresh, self._clock)
+        node.children[self._key(tokens, 0)] = leaf
+        self.evictable_pages += fresh.size
+        return leaf
+
+    def _lock_node(self, node: Node) -> None:
+        if node.locks == 0:
+            self.evictable_pages -= node.pages.size
+        node.locks += 1
+
+    def _keep_head(self, node: Node, wanted: int) -> None:
+        """Cut a leaf that has more pages than wanted, so that only its tail goes."""
+        pages_per_unit = self.unit // self.page_size
+        keep = (node.pages.size - wanted) // pages_per_unit * self.unit
+        if keep > 0:
+            self._split(node, keep)
 
     def _key(self, tokens: TokenIds, at: int) -> bytes:
         return tokens[at : at + self.unit].tobytes()

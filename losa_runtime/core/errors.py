@@ -50,5 +50,8 @@ def invalid_request(where: str, error: ValidationError) -> InvalidRequest:
 
 
 def _short(value: object, limit: int = 120) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with more digits than Python is willing to print
+        text = "a huge number"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from losa_runtime.core.sampling_params import SamplingParams
+from losa_runtime.core.sampling_params import MAX_COUNT, SamplingParams
 
 
 class ScoreSpec(BaseModel):
@@ -17,7 +17,7 @@ class ScoreSpec(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    start: int = Field(ge=0)
+    start: int = Field(ge=0, le=MAX_COUNT)
 
 
 class Request(BaseModel):
@@ -33,7 +33,7 @@ class Request(BaseModel):
     score: ScoreSpec | None = None
     output_logprobs: bool = False
     namespace: str = ""
-    priority: int = 0
+    priority: int = Field(default=0, ge=-MAX_COUNT, le=MAX_COUNT)
 
 
 class FinishReason(BaseModel):

@@ -6,6 +6,7 @@ null means the default for every field, as SGLang's clients expect.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -14,6 +15,8 @@ from losa_runtime.core.errors import InvalidRequest, invalid_request
 
 MAX_STOP_STRINGS = 32
 MAX_STOP_LENGTH = 1024
+MAX_COUNT = 2**31 - 1  # of anything counted: far above sense, far below what overflows a tensor
+MAX_LOGIT_BIAS = 1e4  # decides any softmax in float32 without overflowing it
 
 # Known parameters that are refused unless they carry a value that asks for nothing. name -> (neutral values, reason)
 _GRAMMAR = "null (constrained output is not available for block diffusion in this version)"
@@ -23,9 +26,20 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "ebnf": ((None, ""), _GRAMMAR),
     "structural_tag": ((None, ""), _GRAMMAR),
     "stop_regex": ((None, "", [], ()), "null or an empty list (use `stop` or `stop_token_ids`)"),
+    "spaces_between_special_tokens": ((None, True), "true or null (special tokens are joined as the tokenizer says)"),
     "beam_width": ((None, 0, 1), "null (there is no beam search over a block)"),
     "stream_interval": ((None, 1), "null or 1 (text is streamed once per finished block)"),
 }
+
+
+def _as_float(value: object) -> object:
+    """JSON clients write whole numbers without a point. What no float can hold is left for the validator to refuse."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 class DiffusionParams(BaseModel):
@@ -42,18 +56,18 @@ class DiffusionParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     sparse_method: str | None = None
-    token_budget: int | None = Field(default=None, gt=0)
-    active_tokens: int | None = Field(default=None, ge=0)
+    token_budget: int | None = Field(default=None, gt=0, le=MAX_COUNT)
+    active_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     active_ratio: float | None = Field(default=None, ge=0.0, le=1.0)
     active_tau: float | None = Field(default=None, gt=0.0, le=1.0)
     algorithm: str | None = None
     threshold: float | None = Field(default=None, ge=0.0, le=1.0)
-    denoising_steps: int | None = Field(default=None, gt=0)
+    denoising_steps: int | None = Field(default=None, gt=0, le=MAX_COUNT)
 
     @field_validator("active_ratio", "active_tau", "threshold", mode="before")
     @classmethod
     def _whole_numbers_are_floats(cls, value: object) -> object:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return _as_float(value)
 
     @model_validator(mode="after")
     def _one_active_rule(self) -> Self:
@@ -77,15 +91,15 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    max_new_tokens: int | None = Field(default=128, ge=0)
-    min_new_tokens: int = Field(default=0, ge=0)
+    max_new_tokens: int | None = Field(default=128, ge=0, le=MAX_COUNT)
+    min_new_tokens: int = Field(default=0, ge=0, le=MAX_COUNT)
     temperature: float = Field(default=1.0, ge=0.0, le=100.0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=-1, ge=-1)
+    top_k: int = Field(default=-1, ge=-1, le=MAX_COUNT)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=2.0)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=2.0)
     logit_bias: dict[int, float] = Field(default_factory=dict, max_length=1024)
     sampling_seed: int | None = Field(default=None, ge=0, lt=2**63)
     stop: tuple[str, ...] = ()
@@ -93,7 +107,6 @@ class SamplingParams(BaseModel):
     ignore_eos: bool = False
     no_stop_trim: bool = False
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
     n: int = Field(default=1, ge=1, le=128)
     custom_params: DiffusionParams = DiffusionParams()
 
@@ -113,7 +126,7 @@ class SamplingParams(BaseModel):
     )
     @classmethod
     def _whole_numbers_are_floats(cls, value: object) -> object:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return _as_float(value)
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -121,9 +134,17 @@ class SamplingParams(BaseModel):
         if not isinstance(value, dict):
             return value
         return {
-            int(k) if isinstance(k, str) and k.isdigit() else k: float(v) if type(v) is int else v
+            int(k) if isinstance(k, str) and k.isdecimal() and len(k) < 12 else k: _as_float(v)
             for k, v in value.items()
         }
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _biases_that_float32_can_hold(cls, value: dict[int, float]) -> dict[int, float]:
+        for token, bias in value.items():
+            if not abs(bias) <= MAX_LOGIT_BIAS:
+                raise ValueError(f"biases from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g} (token {token} has {bias!r})")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod

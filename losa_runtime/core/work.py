@@ -18,7 +18,8 @@ class RowContext(NamedTuple):
     """What sampling needs to know of a request.
 
     seed: of its random numbers. ban_always: ids that are never chosen (EOS under ignore_eos). ban_early: ids that are
-    not chosen at positions below `early_before` (min_new_tokens). prompt, output: token history for penalties; output
+    not chosen at positions below `early_before` (min_new_tokens). prompt, output: token history for penalties; prompt
+    holds its distinct ids, and none where no penalty looks at them; output
     holds finished blocks only, tokens accepted in the current block come on top.
     """
 

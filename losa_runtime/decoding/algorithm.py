@@ -49,6 +49,7 @@ class DecodingAlgorithm(ABC):
     """The rule by which masks become tokens. Stateless."""
 
     needs_entropy: ClassVar[bool] = False
+    has_threshold: ClassVar[bool] = False  # whether a request's threshold means anything to it
 
     @abstractmethod
     def accept(self, candidates: Candidates) -> Tensor:

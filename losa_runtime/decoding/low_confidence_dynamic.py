@@ -10,6 +10,8 @@ Source: SDAR's evaluation loop (remasking strategy "low_confidence_dynamic"); th
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from losa_runtime.decoding.algorithm import Candidates, DecodingAlgorithm, quota
 
 class LowConfidenceDynamic(DecodingAlgorithm):
     """All sure candidates, at least the n surest."""
+
+    has_threshold: ClassVar[bool] = True
 
     def accept(self, candidates: Candidates) -> Tensor:
         """bool [R], see the module."""

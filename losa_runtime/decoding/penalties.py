@@ -12,7 +12,6 @@ N rows of one request, D distinct ids.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,12 +42,10 @@ def has_penalties(params: SamplingParams) -> bool:
 
 
 def check_logit_bias(params: SamplingParams, vocab_size: int) -> None:
-    """Raise InvalidRequest for a biased id outside the vocabulary or a bias that is not finite."""
-    for token, bias in params.logit_bias.items():
+    """Raise InvalidRequest for a biased id outside the vocabulary."""
+    for token in params.logit_bias:
         if not 0 <= token < vocab_size:
             raise InvalidRequest("sampling_params.logit_bias", token, f"token ids from 0 to {vocab_size - 1}")
-        if not math.isfinite(bias):
-            raise InvalidRequest(f"sampling_params.logit_bias.{token}", bias, "a finite number")
 
 
 def penalise(logits_RV: Tensor, requests: Sequence[PenaltyRows]) -> Tensor:

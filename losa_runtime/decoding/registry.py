@@ -39,6 +39,8 @@ def resolve(params: DiffusionParams, config: EngineConfig, block_length: int) ->
     if steps is not None and not 1 <= steps <= block_length:
         allowed = f"1 to {block_length} (the block length)"
         raise _refusal("denoising_steps", steps, allowed, params.denoising_steps is not None)
+    if params.threshold is not None and not load_algorithm(algorithm).has_threshold:
+        raise _refusal("threshold", params.threshold, f"absent: {algorithm!r} accepts by plan, not by threshold", True)
     threshold = config.threshold if params.threshold is None else params.threshold
     return DecodingParams(algorithm, threshold, block_length if steps is None else steps)
 

@@ -40,4 +40,4 @@ def use_row_tile(module: nn.Module, row_tile: int | None) -> None:
     """Set the tile of every part of `module` that has one."""
     for part in module.modules():
         if hasattr(part, "row_tile"):
-            part.row_tile = row_tile
+            part.__dict__["row_tile"] = row_tile  # not a parameter, whatever the type checker thinks of modules

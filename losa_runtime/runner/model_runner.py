@@ -40,6 +40,8 @@ class ModelRunner:
         for method in self.methods.values():
             for slot in work.released:
                 method.release(slot)
+        if not work.items:
+            return []
         batch = self.tensors(work.items)
         attend = SparseAttend(self.backend, self.methods, batch)
         hidden_TC = self.model(batch.tokens_T, batch.positions_T, attend)

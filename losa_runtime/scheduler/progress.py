@@ -54,7 +54,8 @@ def _deliver(req: Req, block: DiffusionBlock, end: int, stop_at: int | None) -> 
 
 def to_output(req: Req, news: News) -> RequestOutput:
     """The message for the user."""
-    scores = tuple(req.scores) if news.finish is not None and req.request.score is not None else None
+    complete = news.finish is not None and news.finish.type in ("stop", "length")
+    scores = tuple(req.scores) if complete and req.request.score is not None else None
     return RequestOutput(
         rid=req.request.rid,
         text=news.text,

@@ -59,11 +59,19 @@ class Req:
         self.completion_tokens = 0
         self.cached_tokens: int | None = None
         self.cost = CostSum()
+        repeats = request.sampling.repetition_penalty != 1.0
+        self._distinct_prompt = np.unique(prompt) if repeats else prompt[:0]
 
     @property
     def prefill_target(self) -> int:
         """Tokens to be stored before denoising: whole blocks of what is known."""
         return self.length - self.length % self.block_length
+
+    @property
+    def peak(self) -> int:
+        """Most tokens that are ever stored: the last block never is, unless it is part of the prompt."""
+        b = self.block_length
+        return max(self.prefill_target, (self.settings.limit - 1) // b * b)
 
     @property
     def prefilling(self) -> bool:
@@ -92,7 +100,7 @@ class Req:
             ban_always=self.settings.ban_always,
             ban_early=self.settings.ban_early,
             early_before=self.prompt_len + self.request.sampling.min_new_tokens,
-            prompt=self.tokens[: self.prompt_len],
+            prompt=self._distinct_prompt,
             output=self.tokens[self.prompt_len : self.length],
         )
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from losa_runtime.cache.prefix_cache import PrefixCache
+from losa_runtime.cache.radix import TokenIds
 from losa_runtime.core.batch import ForwardMode
 from losa_runtime.core.errors import InvalidRequest, QueueFull
 from losa_runtime.core.request import FinishReason, RequestOutput
@@ -46,6 +47,7 @@ class Scheduler:
         self.cache, self.limits = cache, limits
         self.waiting: deque[Req] = deque()
         self.running: list[Req] = []
+        self._live: dict[str, Req] = {}
         self._slots = list(range(limits.max_running - 1, -1, -1))
         self._released: list[int] = []
         self._in_round: list[tuple[Req, WorkItem]] = []
@@ -58,24 +60,24 @@ class Scheduler:
         """Queue a request. Raises InvalidRequest if it can never fit, QueueFull if the queue is at its limit."""
         if req.request.priority and self.limits.policy != "priority":
             raise InvalidRequest("priority", req.request.priority, "0 or null (the schedule policy is not `priority`)")
-        pages = self._pages(req.tokens.size)
-        if pages > self.cache.pool.num_pages:
+        if self._pages(req.peak) > self.cache.pool.num_pages:
             raise InvalidRequest(
                 "prompt + max_new_tokens",
-                req.settings.limit,
-                f"at most {self.cache.pool.num_pages * self.cache.page_size} tokens, the size of the page pool",
+                f"{req.settings.limit} tokens",
+                f"what needs at most the {self.cache.pool.num_pages * self.cache.page_size} tokens of the page pool",
             )
         if len(self.waiting) >= self.limits.max_queued:
             raise QueueFull(f"{len(self.waiting)} requests are waiting, the limit; try again later")
         self.waiting.append(req)
+        self._live[req.request.rid] = req
 
     def is_live(self, rid: str) -> bool:
         """True while a request of that name is queued or running."""
-        return self._find(rid) is not None
+        return rid in self._live
 
     def abort(self, rid: str) -> bool:
         """End a live request; its last output comes from the next `commit`. False if there is none of that name."""
-        req = self._find(rid)
+        req = self._live.get(rid)
         if req is None:
             return False
         self._end(req, FinishReason(type="abort", message="aborted by the client"))
@@ -95,14 +97,14 @@ class Scheduler:
         stores: list[tuple[Req, WorkItem]] = []
         blocks: list[tuple[Req, WorkItem]] = []
         budget = self.limits.prefill_budget
+        # Scoring is bulk work: while others wait for their prefill it gets half of the budget, else all of it.
+        score_budget = budget // 2 if any(req.prefilling for req in self.running) else budget
         for req in self.running:
             if req.prefilling:
-                item = self._prefill_item(req, budget)
-                if item is not None:
-                    budget -= item.tokens.size
-                    stores.append((req, item))
-            elif req.unscored:
-                scores = self._score_items(req, budget)
+                continue
+            if req.unscored:
+                scores = self._score_items(req, score_budget)
+                score_budget -= sum(item.tokens.size for item in scores)
                 budget -= sum(item.tokens.size for item in scores)
                 blocks.extend((req, item) for item in scores)
             elif req.block is not None and req.block.complete:
@@ -114,6 +116,11 @@ class Scheduler:
                 if req.block is None:
                     req.block = req.open_block(req.committed, self.limits.mask_token_id)
                 blocks.append((req, self._block_item(req, req.block)))
+        for req in self.running:
+            item = self._prefill_item(req, budget) if req.prefilling else None
+            if item is not None:
+                budget -= item.tokens.size
+                stores.append((req, item))
         self._in_round = stores + blocks
         released, self._released = tuple(self._released), []
         return Round(tuple(item for _, item in self._in_round), released)
@@ -181,15 +188,19 @@ class Scheduler:
     # -- memory -----------------------------------------------------------------------------------------------------
 
     def _make_room_for_commits(self) -> None:
-        """Pages for every block that is about to be stored, oldest request first; the youngest give way."""
-        for req in sorted(self.running, key=lambda r: r.order):
+        """Pages for every block that is about to be stored; `_dispensable` says who comes first and who gives way."""
+        for req in sorted(self.running, key=self._dispensable):
             if req.lease is None or req.block is None or not req.block.complete:
                 continue
             while not self.cache.grow(req.lease, req.committed + self.limits.block_length):
-                youngest = max(self.running, key=lambda r: r.order)
-                self._retract(youngest)
-                if youngest is req:
+                victim = max(self.running, key=self._dispensable)
+                self._retract(victim)
+                if victim is req:
                     break
+
+    def _dispensable(self, req: Req) -> tuple[int, int]:
+        """Who gives way first: the lowest priority where that is the policy, then the youngest."""
+        return (-req.request.priority if self.limits.policy == "priority" else 0), req.order
 
     def _retract(self, req: Req) -> None:
         """Give a running request's pages back and queue it again, first in line."""
@@ -204,25 +215,35 @@ class Scheduler:
             return
         for req in in_order(self.limits.policy, self.waiting, self.cache)[:LOOKAHEAD]:
             known = req.tokens[: req.prefill_target]
-            lease = self.cache.open(req.request.namespace, known, self._pages(req.tokens.size))
-            hit = lease.count * self.cache.page_size
-            if self._prefix_in_flight(req, hit):
-                self.cache.close(lease)
+            if self._prefix_in_flight(req, self.cache.peek(req.request.namespace, known)):
                 continue
-            reserve = self._pages(self.limits.block_length) * len(self.running)
-            need = self._pages(req.prefill_target) - lease.count
-            if (self.running and need + reserve > self.cache.available) or not self.cache.grow(lease, known.size):
-                self.cache.close(lease)
+            if not self._try_admit(req, known):
                 break
             self.waiting.remove(req)
-            req.lease, req.committed, req.slot = lease, hit, self._slots.pop()
-            if req.cached_tokens is None:
-                req.cached_tokens = hit
-                self.prompt_tokens += req.prompt_len
-                self.hit_tokens += hit
             self.running.append(req)
             if not self._slots:
                 break
+
+    def _try_admit(self, req: Req, known: TokenIds) -> bool:
+        """Give a request its lease and slot; False (and nothing changed) if its known tokens do not fit now.
+
+        A block's worth of pages stays in reserve for each running request, so that a newcomer does not at once push
+        another one out.
+        """
+        lease = self.cache.open(req.request.namespace, known, self._pages(req.tokens.size))
+        hit = lease.count * self.cache.page_size
+        reserve = self._pages(self.limits.block_length) * len(self.running)
+        need = self._pages(req.prefill_target) - lease.count
+        if (self.running and need + reserve > self.cache.available) or not self.cache.grow(lease, known.size):
+            self.cache.close(lease)
+            return False
+        self.cache.count_hit(lease)
+        req.lease, req.committed, req.slot = lease, hit, self._slots.pop()
+        if req.cached_tokens is None:
+            req.cached_tokens = hit
+            self.prompt_tokens += req.prompt_len
+            self.hit_tokens += hit
+        return True
 
     def _prefix_in_flight(self, req: Req, hit: int) -> bool:
         """True if a running prefill will soon provide more of this prefix than the cache has now."""
@@ -242,21 +263,20 @@ class Scheduler:
                 return True
         return False
 
-    def _find(self, rid: str) -> Req | None:
-        return next((r for r in (*self.running, *self.waiting) if r.request.rid == rid), None)
-
     # -- endings ----------------------------------------------------------------------------------------------------
 
     def _end(self, req: Req, finish: FinishReason) -> None:
         self._ended.append(to_output(req, News(finish=finish)))
         if req.lease is None:
             self.waiting.remove(req)
+            del self._live[req.request.rid]
         else:
             self._leave(req)
 
     def _leave(self, req: Req) -> None:
         self._give_back(req)
         req.lease, req.slot = None, -1
+        del self._live[req.request.rid]
 
     def _give_back(self, req: Req) -> None:
         assert req.lease is not None

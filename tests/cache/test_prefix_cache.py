@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from losa_runtime.cache.page_pool import PagePool
 from losa_runtime.cache.prefix_cache import Lease, PrefixCache
+from tests.scheduler.stub import World
 
 
 def ids(*tokens: int) -> np.ndarray:
@@ -108,13 +109,60 @@ def test_eviction_by_frequency_keeps_what_is_used_often() -> None:
     cache = PrefixCache(3, page_size=4, block_length=4, by_frequency=True)
     often, once = fill(cache, ids(1, 1, 1, 1)), fill(cache, ids(2, 2, 2, 2))
     cache.close(often)
-    for _ in range(3):
-        cache.close(cache.open("", ids(1, 1, 1, 1), 4))
+    for tokens in [ids(1, 1, 1, 1)] * 3 + [ids(2, 2, 2, 2)]:  # the second is used more recently, but once
+        lease = cache.open("", tokens, 4)
+        cache.count_hit(lease)
+        cache.close(lease)
     cache.close(once)
-    cache.close(cache.open("", ids(2, 2, 2, 2), 4))  # the more recent one
     lease = cache.open("", ids(), 4)
     assert cache.grow(lease, 8)
     assert cache.peek("", ids(1, 1, 1, 1)) == 4 and cache.peek("", ids(2, 2, 2, 2)) == 0
+
+
+def test_waiting_for_room_does_not_count_as_use() -> None:
+    world = World(pages=8, running=2)
+    world.add("a", list(range(8)), 20)
+    world.step()
+    before = {id(n): n.hits for n in world.cache.tree.nodes()}
+    world.add("waits", [*range(8), *range(50, 74)], 1)
+    for _ in range(4):
+        world.step()
+    assert all(n.hits == before.get(id(n), 0) for n in world.cache.tree.nodes())
+
+
+def test_only_as_much_is_evicted_as_is_needed() -> None:
+    cache = PrefixCache(10, page_size=4, block_length=4)
+    cache.close(fill(cache, ids(*range(36))))
+    lease = cache.open("", ids(), 4)
+    assert cache.grow(lease, 8)
+    assert cache.peek("", ids(*range(36))) == 32
+    cache.check()
+
+
+def test_a_namespace_without_pages_leaves_nothing_behind() -> None:
+    cache = PrefixCache(10, page_size=4, block_length=4)
+    for i in range(50):
+        cache.close(cache.open(f"tenant-{i}", ids(1, 2, 3, 4), 4))
+    cache.close(fill(cache, ids(1, 2, 3, 4), "stays"))
+    assert list(cache.tree._roots) == ["stays"]
+    cache.flush()
+    assert not cache.tree._roots
+
+
+def test_a_long_output_stays_one_edge() -> None:
+    cache = PrefixCache(64, page_size=4, block_length=4)
+    tokens = ids(*range(200))
+    lease = cache.open("", tokens[:8], 64)
+    for end in range(8, 201, 4):
+        assert cache.grow(lease, end)
+        cache.publish(lease, tokens[:end])
+    assert sum(1 for _ in cache.tree.nodes()) == 1
+    other = cache.open("", tokens[:100], 64)  # cuts the edge that the first lease still extends
+    assert other.count == 25
+    cache.check()
+    cache.close(lease)
+    cache.close(other)
+    cache.check()
 
 
 def test_peek_says_what_match_finds_and_changes_nothing() -> None:

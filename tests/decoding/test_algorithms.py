@@ -147,8 +147,8 @@ def test_resolve_prefers_the_request_then_the_engine_then_one_token_per_step() -
     assert resolve(DiffusionParams(), config(), 32) == DecodingParams("low_confidence_dynamic", 0.9, 32)
     engine = config(algorithm="sequential", threshold=0.7, denoising_steps=8)
     assert resolve(DiffusionParams(), engine, 32) == DecodingParams("sequential", 0.7, 8)
-    wish = DiffusionParams(algorithm="low_confidence_static", threshold=0.0, denoising_steps=32)
-    assert resolve(wish, engine, 32) == DecodingParams("low_confidence_static", 0.0, 32)
+    wish = DiffusionParams(algorithm="low_confidence_dynamic", threshold=0.0, denoising_steps=32)
+    assert resolve(wish, engine, 32) == DecodingParams("low_confidence_dynamic", 0.0, 32)
 
 
 @pytest.mark.parametrize(

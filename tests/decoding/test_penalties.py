@@ -68,7 +68,6 @@ def test_nothing_is_done_for_requests_without_wishes() -> None:
     [
         ({V: 1.0}, "sampling_params.logit_bias"),
         ({-1: 1.0}, "sampling_params.logit_bias"),
-        ({2: float("-inf")}, "sampling_params.logit_bias.2"),
     ],
 )
 def test_a_bias_that_cannot_be_honoured_is_refused(bias: dict[int, float], field: str) -> None:

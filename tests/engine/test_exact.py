@@ -33,7 +33,8 @@ def tiny(tiny_checkpoint: Path) -> LLM:
 @pytest.mark.parametrize(("length", "new", "steps"), [(1, 20, 16), (16, 33, 5), (31, 17, 16), (90, 40, 3), (48, 5, 7)])
 def test_tokens_equal_the_plain_loop(tiny: LLM, rule: str, length: int, new: int, steps: int) -> None:
     ids = prompt(length, seed=length)
-    params = greedy(new, algorithm=rule, denoising_steps=steps, threshold=0.02)
+    sure = {"threshold": 0.02} if rule == "low_confidence_dynamic" else {}
+    params = greedy(new, algorithm=rule, denoising_steps=steps, **sure)
     [got] = tiny.generate([ids], params)
     model, stop = tiny.engine.parts.runner.model, tuple(tiny.engine.parts.eos_token_ids)
     want = plain_loop.generate(model, ids, new, steps, rule, 0.02, tiny.tokenizer.vocab_size, stop)
@@ -128,6 +129,20 @@ def test_company_cuts_caches_and_retraction_change_nothing(
     assert llm.engine.parts.cache.owned_pages == 0
 
 
+@pytest.mark.parametrize("page_size", [4, 8])
+def test_blocks_larger_than_a_page_do_not_mind_company(
+    tiny_checkpoint: Path, mixed: list[tuple[list[int], SamplingParams]], page_size: int
+) -> None:
+    options: dict[str, Any] = {"page_size": page_size, "max_total_tokens": 4096}
+    single = LLM(model=str(tiny_checkpoint), disable_radix_cache=True, disable_fused_commit=True, **options)
+    alone = [single.generate([ids], params)[0].token_ids for ids, params in mixed]
+    for more in ({"chunked_prefill_size": 32}, {"max_total_tokens": 112}):
+        llm = LLM(model=str(tiny_checkpoint), **{**options, **more})
+        for _ in range(2):
+            got = llm.generate([ids for ids, _ in mixed], [params for _, params in mixed])
+            assert [g.token_ids for g in got] == alone
+
+
 def test_a_warm_cache_skips_the_prefill(tiny: LLM) -> None:
     ids = prompt(80, seed=11)
     tiny.engine.flush_cache()
@@ -181,3 +196,34 @@ def test_the_bundled_model_equals_the_plain_loop(bundled_checkpoint: Path, lengt
         stop=tuple(llm.engine.parts.eos_token_ids),
     )  # fmt: skip
     assert list(got.token_ids) == want
+
+
+def test_small_blocks_in_larger_pages_do_not_mind_company_either(tiny_b4_checkpoint: Path) -> None:
+    shared = prompt(37, seed=0)
+    customs = [
+        DiffusionParams(),
+        DiffusionParams(sparse_method="losa", token_budget=16),
+        DiffusionParams(sparse_method="quest", token_budget=16),
+        DiffusionParams(sparse_method="losa", token_budget=32, active_tokens=1),
+    ]
+
+    def params(seed: int, custom: DiffusionParams) -> SamplingParams:
+        return SamplingParams(
+            temperature=0.8, sampling_seed=seed, max_new_tokens=30, ignore_eos=True, custom_params=custom
+        )
+
+    wishes = [(shared + prompt(6 * n, n), params(n, c)) for n, c in enumerate(customs)]
+    single = LLM(model=str(tiny_b4_checkpoint), max_total_tokens=1024, disable_radix_cache=True)
+    alone = [single.generate([ids], wish)[0].token_ids for ids, wish in wishes]
+    retractions = 0
+    for options in (
+        {"max_total_tokens": 1024, "chunked_prefill_size": 8},
+        {"max_total_tokens": 96},
+        {"max_total_tokens": 112},
+    ):
+        llm = LLM(model=str(tiny_b4_checkpoint), **options)
+        for _ in range(2):
+            got = llm.generate([ids for ids, _ in wishes], [wish for _, wish in wishes])
+            assert [g.token_ids for g in got] == alone
+            retractions += sum(g.stats.retractions for g in got)
+    assert retractions > 0

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from losa_runtime import LLM, SamplingParams
-from losa_runtime.core.errors import CheckpointError, ConfigError, InvalidRequest, QueueFull
+from losa_runtime.core.errors import CheckpointError, ConfigError, InvalidRequest, LosaError, QueueFull
 from losa_runtime.core.request import Request, RequestOutput, ScoreSpec
 from losa_runtime.core.sampling_params import DiffusionParams
+from losa_runtime.models.random_checkpoint import write_random_checkpoint
 
 PROMPT = list(range(30, 60))
 
@@ -124,7 +127,11 @@ def test_penalties_see_tokens_of_the_current_block(llm: LLM) -> None:
         ([1, 259], {}, r"input_ids\.1"),
         ([1, 300], {}, r"input_ids\.1"),
         ([1, -1], {}, r"input_ids\.1"),
+        ([1, 2**70], {}, "input_ids"),
         ([1], {"logit_bias": {999: 1.0}}, "logit_bias"),
+        ([1], {"n": 2}, r"sampling_params\.n"),
+        ([1], {"max_new_tokens": None, "min_new_tokens": 10**6}, "min_new_tokens"),
+        ([1], {"custom_params": DiffusionParams(algorithm="sequential", threshold=0.5)}, "threshold"),
         ([1], {"stop_token_ids": (999,)}, "stop_token_ids"),
         ([1], {"custom_params": DiffusionParams(sparse_method="magic")}, "dense, quest, losa"),
         ([1], {"custom_params": DiffusionParams(sparse_method="losa", token_budget=17)}, "16 or 32"),
@@ -139,6 +146,68 @@ def test_impossible_wishes_are_refused_by_name(llm: LLM, ids: list[int], wish: d
         llm.generate([PROMPT, ids], [params(), params(**wish)])
     assert caught.value.field.startswith("prompts[1].")
     assert not llm.engine.has_work() and llm.engine.parts.cache.owned_pages == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_k": 2**63},
+        {"max_new_tokens": 2**40},
+        {"min_new_tokens": 10**5000},
+        {"temperature": 10**400},
+        {"logit_bias": {"65": 1e39}},
+        {"logit_bias": {"65": float("nan")}},
+        {"repetition_penalty": 1e-300},
+        {"spaces_between_special_tokens": False},
+        {"custom_params": {"token_budget": 2**63}},
+        {"custom_params": {"threshold": 10**400}},
+        {"custom_params": {"denoising_steps": 2**63}},
+    ],
+    ids=["-".join(v) + str(i) for i, v in enumerate([["big"]] * 11)],
+)
+def test_numbers_that_no_tensor_can_hold_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=next(iter(values))):
+        SamplingParams.parse(values)
+
+
+@pytest.mark.parametrize("prompts", [[1.5, 2.0], [None], [["a"]], 7, [[1.5, 2]]], ids=str)
+def test_prompts_of_wrong_types_are_refused(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(InvalidRequest, match="prompts"):
+        llm.generate(prompts, params())
+
+
+def test_arrays_are_token_ids_and_empty_lists_are_no_work(llm: LLM) -> None:
+    [listed], [array] = (llm.generate(p, params()) for p in (PROMPT, np.array(PROMPT)))
+    assert listed.token_ids == array.token_ids
+    assert llm.generate([]) == []
+
+
+def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = iter([False, False, True])
+    original = llm.engine.parts.runner.run
+
+    def interrupted(work: Any) -> Any:
+        if next(steps, False):
+            raise KeyboardInterrupt
+        return original(work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.parts.runner, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([PROMPT, PROMPT[1:]], params())
+    assert not llm.engine.has_work() and llm.engine.parts.cache.owned_pages == 0
+    assert len(llm.generate([PROMPT], params(ignore_eos=True))[0].token_ids) == 40
+
+
+def test_a_prompt_that_cannot_be_scored_is_an_error(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = type(llm.engine.parts.runner.model)
+    original = model.logits
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "logits", lambda self, hidden: original(self, hidden) * torch.nan)
+        with pytest.raises(LosaError, match="not finite"):
+            llm.score([PROMPT])
+    with pytest.raises(InvalidRequest, match="start"):
+        llm.score([PROMPT], start=-1)
 
 
 def test_score_start_behind_the_prompt_is_refused(llm: LLM) -> None:
@@ -210,6 +279,15 @@ def test_impossible_configurations_are_refused_at_start(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM(model=str(tiny_checkpoint), **options)
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, preset="tiny", vocab_size=260)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["added_tokens"].append({**data["added_tokens"][-1], "id": 260, "content": "<|more|>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match="tokenizer"):
+        LLM(model=str(tmp_path))
 
 
 def test_a_missing_checkpoint_is_named() -> None:

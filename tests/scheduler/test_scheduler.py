@@ -152,7 +152,10 @@ def test_nothing_to_generate_only_fills_the_cache() -> None:
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
     world = World(pages=4)
     with pytest.raises(InvalidRequest, match="16 tokens"):
-        world.add("r", list(range(12)), 8)
+        world.add("r", list(range(12)), 9)
+    world.add("fits", list(range(12)), 8)  # the last block is never stored
+    world.drain()
+    assert world.tokens("fits") == expected(12, 8)
 
 
 def test_a_full_queue_says_so() -> None:
@@ -187,6 +190,40 @@ def test_priority_decides_who_is_admitted_and_needs_its_policy() -> None:
     assert order_of_ends(world) == ["b", "d", "a", "c"]
     with pytest.raises(InvalidRequest, match="priority"):
         World(pages=32).add("a", [1], 1, priority=1)
+
+
+def test_the_lowest_priority_gives_way_first() -> None:
+    world = World(pages=7, policy="priority", reuse=False)
+    world.add("low", [1] * 5, 12, priority=0)
+    world.add("high", [2] * 5, 12, priority=5)
+    world.drain()
+    assert world.terminal("low")[0].stats.retractions > 0
+    assert world.terminal("high")[0].stats.retractions == 0
+
+
+def test_scoring_leaves_room_for_the_prefill_of_others() -> None:
+    world = World(pages=256, budget=16)
+    world.add("bulk", list(range(400)), 0, score=0)
+    for _ in range(30):
+        world.step()
+    world.add("short", [7] * 8, 1)
+    rounds = 0
+    while not world.terminal("short"):
+        world.step()
+        rounds += 1
+    assert rounds <= 4
+    world.drain()
+    assert len(world.terminal("bulk")[0].prompt_logprobs or ()) == 400
+
+
+def test_slots_are_released_even_when_nothing_is_left_to_run() -> None:
+    world = World(pages=32)
+    world.add("r", list(range(5)), 8)
+    world.step()
+    slot = world.scheduler.running[0].slot
+    world.scheduler.abort("r")
+    world.step()
+    assert world.rounds[-1].released == (slot,) and not world.rounds[-1].items
 
 
 def test_longest_prefix_match_serves_what_is_cached_first() -> None:

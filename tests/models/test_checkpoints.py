@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from losa_server.commands import make_checkpoint
 
 from losa_runtime.core.config import RopeScaling
 from losa_runtime.core.errors import CheckpointError, ConfigError
@@ -19,6 +18,7 @@ from losa_runtime.models.model import BlockDiffusionModel, load_model
 from losa_runtime.models.presets import PRESETS
 from losa_runtime.models.random_checkpoint import write_random_checkpoint
 from losa_runtime.tokenizer import Tokenizer
+from losa_server.commands import make_checkpoint
 
 SDAR_4B: dict[str, Any] = {
     "architectures": ["SDARForCausalLM"],

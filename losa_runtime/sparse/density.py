@@ -40,32 +40,39 @@ class PrefixMeter:
 
     def __init__(self, group: RowGroup, whole: tuple[bool, ...], pool: KVPool) -> None:
         self._group, self._whole, self._pool = group, whole, pool
-        segments = len(group.segments)
+        segments, device = len(group.segments), pool.device
         self._layers = 0
-        self._scored = [0] * segments
-        self._counts_4S = torch.zeros(4, segments, dtype=torch.float64, device=pool.device)
-        self._prefix_S = torch.tensor(group.prefix_lens, device=pool.device)
+        self._scored: list[tuple[bool, ...]] = []  # per layer that scored anything
+        self._counts_4S = torch.zeros(4, segments, dtype=torch.float64, device=device)
+        self._prefix_S = torch.tensor(group.prefix_lens, device=device)
+        # What a layer adds in which all rows read everything.
+        everything = (1.0, 1.0, float(group.block_length), 1.0)
+        self._everything_4S = torch.tensor(everything, dtype=torch.float64, device=device)[:, None]
 
     def add(self, plan: PrefixPlan) -> None:
         """Count one layer."""
         self._layers += 1
         group, segments = self._group, len(self._group.segments)
-        whole = (True,) * segments if plan.kv is None else plan.kv.whole
-        for index in range(segments):
-            self._scored[index] += plan.scored is not None and plan.scored[index]
+        if plan.scored is not None:
+            self._scored.append(plan.scored)
+        if plan.rows is None and (plan.kv is None or all(plan.kv.whole)):
+            self._counts_4S += self._everything_4S
+            return
         if plan.rows is None:
             rows_S = torch.full_like(self._prefix_S, group.block_length)
         else:
             rows_S = torch.bincount(plan.rows // group.block_length, minlength=segments)
-        whole_S = torch.tensor(whole, device=rows_S.device)
-        share_S = (whole_S & (rows_S > 0)).double()
-        dense_S = (whole_S & (rows_S == group.block_length)).double()
+        if plan.kv is None or all(plan.kv.whole):
+            share_S, dense_S = rows_S > 0, rows_S == group.block_length
+        else:
+            whole_S = torch.tensor(plan.kv.whole, device=rows_S.device)
+            share_S, dense_S = whole_S & (rows_S > 0), whole_S & (rows_S == group.block_length)
         share_q = share_kv = share_S
         if plan.kv is not None and plan.kv.indices.shape[0]:
             share_q = share_kv = share_S + self._listed(plan.kv, plan, self._pool.num_kv_heads)
             if plan.kv.heads != self._pool.num_kv_heads:
                 share_q = share_S + self._listed(plan.kv, plan, plan.kv.heads)
-        self._counts_4S += torch.stack((share_kv, share_q, rows_S.double(), dense_S))
+        self._counts_4S += torch.stack((share_kv.double(), share_q.double(), rows_S.double(), dense_S.double()))
 
     def report(self) -> list[SegmentReport]:
         """One entry per segment of the group, in its order."""
@@ -77,7 +84,9 @@ class PrefixMeter:
         vector = pool.head_dim * pool.dtype.itemsize
         positions = round(kv_density * segment.prefix_len * self._layers * pool.num_kv_heads)
         pages = -(-segment.prefix_len // pool.page_size)
-        metadata = self._scored[index] * pages * pool.num_kv_heads * pool.summary_vectors * vector
+        metadata = (
+            sum(scored[index] for scored in self._scored) * pages * pool.num_kv_heads * pool.summary_vectors * vector
+        )
         return SegmentReport(
             segment,
             kv_density,
@@ -91,6 +100,8 @@ class PrefixMeter:
 
     def _listed(self, kv: KVIndices, plan: PrefixPlan, heads: int) -> Tensor:
         """Share of the prefix in the lists, mean over `heads` (at most kv.heads) after a union inside each: [S]."""
+        if not kv.per_row and heads == kv.heads:
+            return self._listed_once(kv, plan.granule)
         lists = kv.indptr.shape[0] - 1
         entry = torch.repeat_interleave(torch.arange(lists, device=kv.indptr.device), kv.indptr.diff())
         owner, head = entry // kv.heads, entry % kv.heads
@@ -106,3 +117,11 @@ class PrefixMeter:
         total = torch.zeros(self._prefix_S.shape[0], dtype=torch.float64, device=read.device)
         total.index_add_(0, owner, read.double())
         return total / (heads * self._prefix_S.clamp(min=1))
+
+    def _listed_once(self, kv: KVIndices, granule: int) -> Tensor:
+        """`_listed` where nothing is listed twice: granules times their size, less what the last one lacks."""
+        sizes_SH = kv.indptr.diff().view(-1, kv.heads)
+        last_SH = kv.indices[(kv.indptr[1:] - 1).clamp(min=0)].view(-1, kv.heads)
+        beyond_SH = ((last_SH + 1) * granule - self._prefix_S[:, None]).clamp(min=0) * (sizes_SH > 0)
+        read_S = (sizes_SH * granule - beyond_SH).sum(1)
+        return read_S.double() / (kv.heads * self._prefix_S.clamp(min=1))

@@ -64,9 +64,10 @@ class Losa(SparseMethod):
         out_XHD, lse_XH = memory.out[layer].flatten(0, 1), memory.lse[layer].flatten(0, 1)  # views: slot * B + row
         place_R = (step.slots_S[:, None] * block + torch.arange(block, device=out_XHD.device)).flatten()
         written = place_R if plan.rows is None else place_R[plan.rows]
-        out_XHD[written], lse_XH[written] = got.out_RHD, got.lse_RH
+        out_XHD.index_copy_(0, written, got.out_RHD)
+        lse_XH.index_copy_(0, written, got.lse_RH)
         self._open[layer, [slot for slot, first in zip(step.slots, step.opens, strict=True) if first]] = True
-        return got if plan.rows is None else AttnState(out_XHD[place_R], lse_XH[place_R])
+        return got if plan.rows is None else AttnState(*(x.index_select(0, place_R) for x in (out_XHD, lse_XH)))
 
     def release(self, slot: int) -> None:
         self._open[:, slot] = False

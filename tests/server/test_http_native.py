@@ -128,11 +128,15 @@ def test_prompt_logprobs_without_generation_start_at_0(http: httpx.Client) -> No
     assert meta["output_token_logprobs"] == []
 
 
+# Without the batches that are too large for the parser's test alone: this server's limit is higher.
+BAD_HERE = [
+    (body, field) for body, field in BAD[1:] if not (isinstance(body.get("text"), list) and len(body["text"]) >= 40)
+]
+
+
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("body", "field"), BAD[1:], ids=[f"{i}-{f}" for i, (_, f) in enumerate(BAD[1:])])
+@pytest.mark.parametrize(("body", "field"), BAD_HERE, ids=[f"{i}-{f}" for i, (_, f) in enumerate(BAD_HERE)])
 def test_bad_bodies(http: httpx.Client, body: dict[str, Any], field: str, stream: bool) -> None:
-    if isinstance(body.get("text"), list) and len(body["text"]) >= 40:
-        pytest.skip("over a limit that this server has set higher")
     reply = http.post("/generate", json={"stream": stream, **body})
     assert reply.status_code == 400
     assert reply.json()["error"]["field"] == field

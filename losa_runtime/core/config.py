@@ -28,6 +28,7 @@ class EngineConfig(BaseModel):
 
     model: local checkpoint folder or hub id. tokenizer: folder, default the model's.
     dtype: of weights and activations; kv_cache_dtype: of the pages. auto = float32 on a CPU, the checkpoint's else.
+    attention_backend: how attention is computed. auto = native where its kernels are built and the CPU has AVX2.
     page_size: tokens per K/V page. max_total_tokens: size of the page pool in tokens; None = from free memory times
     mem_fraction. context_length: longest prompt + output; None = the model's.
     chunked_prefill_size: prompt tokens prefilled per round over all requests.

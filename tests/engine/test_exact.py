@@ -24,9 +24,10 @@ def prompt(length: int, seed: int) -> list[int]:
     return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> LLM:
-    return LLM(model=str(tiny_checkpoint), chunked_prefill_size=64, max_total_tokens=4096)
+@pytest.fixture(scope="module", params=["auto", "torch"])
+def tiny(tiny_checkpoint: Path, request: pytest.FixtureRequest) -> LLM:
+    backend = request.param
+    return LLM(model=str(tiny_checkpoint), attention_backend=backend, chunked_prefill_size=64, max_total_tokens=4096)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -86,6 +86,8 @@ def _run(args: argparse.Namespace, prompts: list[list[int]], name: str, advance:
         max_total_tokens=args.requests * (context + 64),
         disable_radix_cache=not cached,
         sparse_method=args.method,
+        disable_fused_commit=args.disable_fused_commit,
+        deterministic=args.deterministic,
     )
     engine = llm.engine
     params = SamplingParams(
@@ -143,6 +145,9 @@ def _report(console: Console, args: argparse.Namespace, outcomes: dict[str, Outc
         "shared_prefix": args.shared_prefix,
         "unique": args.unique,
         "output": args.output,
+        "method": args.method,
+        "fused_commit": not args.disable_fused_commit,
+        "deterministic": args.deterministic,
         "tokens_per_s": {name: round(value, 2) for name, value in speed.items()},
         "decode_tokens_per_s": {
             name: round(o.decode_tokens / o.decode_s, 2) for name, o in outcomes.items() if o.decode_s
@@ -166,6 +171,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--unique", type=int, default=512)
     parser.add_argument("--output", type=int, default=128, help="tokens written by each request")
     parser.add_argument("--method", default="dense", help="sparse method")
+    parser.add_argument("--disable-fused-commit", action="store_true", help="a forward of its own for each commit")
+    parser.add_argument("--deterministic", action="store_true", help="bitwise equal logits whatever the batch")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

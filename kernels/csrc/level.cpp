@@ -3,6 +3,7 @@
 #include "level.h"
 #include "simd.h"
 #include "tile.h"
+#include "turn.h"
 
 namespace {
 
@@ -42,19 +43,6 @@ inline float weigh(float* scores, int columns, int seen, float* top, float* lane
   return shrink[0];
 }
 
-inline int whole_vectors(int count) {
-  return (count + W - 1) / W * W;
-}
-
-// Tile rows as floats, padded to whole vectors with the first row (which weighs nothing there), and turned.
-inline void turn_tile(const void* from, int dtype, int dim, const int64_t* where, int count, const Tiles& tiles) {
-  const float* rows[kKeys];
-  tile_rows(from, dtype, dim, where, count, tiles.keys, rows);
-  const int columns = whole_vectors(count);
-  for (int i = count; i < columns; ++i) rows[i] = rows[0];
-  turn(rows, columns, dim, tiles.turned);
-}
-
 template <int R>
 inline void dots_of_rows(const float* q, int stride, int depth, int columns, const Tiles& tiles, float* scores) {
   in_pieces(columns / W, kAcross, [&](int first, auto across) {
@@ -71,7 +59,7 @@ void attend(const float* q, int rows, const Keys& keys, const int32_t* visible, 
   for (int start = 0; start < keys.count; start += kKeys) {
     const int count = keys.count - start < kKeys ? keys.count - start : kKeys, columns = whole_vectors(count);
     const float* values[kKeys];
-    turn_tile(keys.k, keys.dtype, dim, keys.where + start, count, tiles);
+    turn_tile(keys.k, keys.dtype, dim, keys.where + start, count, tiles.keys, tiles.turned);
     tile_rows(keys.v, keys.dtype, dim, keys.where + start, count, tiles.values, values);
     in_pieces(rows, kDown, [&](int first, auto down) {
       constexpr int R = down.value;
@@ -144,7 +132,7 @@ void finish(State state, int rows, int dim, float* const* out, float* const* lse
 
 void scores(const float* q, int rows, int share, int depth, const Keys& keys, float* const* out, const Tiles& tiles) {
   const int columns = whole_vectors(keys.count), stride = stride_of(depth);
-  turn_tile(keys.k, keys.dtype, depth, keys.where, keys.count, tiles);
+  turn_tile(keys.k, keys.dtype, depth, keys.where, keys.count, tiles.keys, tiles.turned);
   in_pieces(rows, kDown, [&](int first, auto down) {
     dots_of_rows<down.value>(q + first * stride, stride, depth, columns, tiles, tiles.weights + first * kKeys);
   });

@@ -1,4 +1,4 @@
-// Small matrix products on tiles: turning keys, queries times keys, weights times values.
+// Small matrix products on tiles: queries times turned keys, weights times values.
 //
 // Each result element is one chain of multiply-adds in a fixed order, whatever block it is computed in: a row's
 // result does not depend on how rows and columns are cut into blocks.
@@ -63,47 +63,6 @@ inline void tile_rows(const void* from, int dtype, int dim, const int64_t* where
     widen_row(from, where[i], dtype, dim, stride, copies + i * stride);
     rows[i] = copies + i * stride;
   }
-}
-
-// Four channels of W rows, turned: out[c] holds channel c of all rows.
-inline void turn_quad(const float* const* rows, int d, float* out) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  V z[4];
-  LOSA_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const __m128 first = _mm_loadu_ps(rows[j] + d), second = _mm_loadu_ps(rows[j + 4] + d);
-    const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(first), second, 1);
-#if defined(__AVX512F__)
-    const __m512 three = _mm512_insertf32x4(_mm512_castps256_ps512(low), _mm_loadu_ps(rows[j + 8] + d), 2);
-    z[j] = _mm512_insertf32x4(three, _mm_loadu_ps(rows[j + 12] + d), 3);
-#else
-    z[j] = low;
-#endif
-  }
-#if defined(__AVX512F__)
-#define LOSA_PAIR(kind, width, a, b) _mm512_unpack##kind##_##width(a, b)
-  typedef __m512d Pair;
-#else
-#define LOSA_PAIR(kind, width, a, b) _mm256_unpack##kind##_##width(a, b)
-  typedef __m256d Pair;
-#endif
-  const Pair low01 = (Pair)LOSA_PAIR(lo, ps, z[0], z[1]), high01 = (Pair)LOSA_PAIR(hi, ps, z[0], z[1]);
-  const Pair low23 = (Pair)LOSA_PAIR(lo, ps, z[2], z[3]), high23 = (Pair)LOSA_PAIR(hi, ps, z[2], z[3]);
-  store(out, (V)LOSA_PAIR(lo, pd, low01, low23));
-  store(out + kKeys, (V)LOSA_PAIR(hi, pd, low01, low23));
-  store(out + 2 * kKeys, (V)LOSA_PAIR(lo, pd, high01, high23));
-  store(out + 3 * kKeys, (V)LOSA_PAIR(hi, pd, high01, high23));
-#undef LOSA_PAIR
-#else
-  for (int c = 0; c < 4; ++c)
-    for (int i = 0; i < W; ++i) out[c * kKeys + i] = rows[i][d + c];
-#endif
-}
-
-// turned[d][i] = rows[i][d] for `columns` rows (a multiple of W).
-inline void turn(const float* const* rows, int columns, int depth, float* turned) {
-  for (int i = 0; i < columns; i += W)
-    for (int d = 0; d < depth; d += 4) turn_quad(rows + i, d, turned + d * kKeys + i);
 }
 
 // out [R, kKeys] = q [R, stride] times turned keys, N vectors of columns.

@@ -26,7 +26,7 @@ from losa_runtime.models.locate import locate_checkpoint
 from losa_runtime.models.model import load_model
 from losa_runtime.runner.model_runner import ModelRunner
 from losa_runtime.runner.unmask import Unmasker
-from losa_runtime.sparse.method import METHODS, Geometry, declared_summaries, make_methods
+from losa_runtime.sparse.method import METHODS, Geometry, declared_summaries, make_methods, total_state_bytes
 from losa_runtime.sparse.method import resolve as resolve_sparse
 from losa_runtime.tokenizer import Tokenizer
 
@@ -133,7 +133,8 @@ def assemble(config: EngineConfig) -> Parts:
     )
     model = load_model(folder, model_config, dtype, device, config.show_progress)
     use_row_tile(model, ROW_TILE if config.deterministic else None)
-    num_pages = _num_pages(config, model_config, kv_dtype, device, context_length)
+    reserved = total_state_bytes(geometry, dtype.itemsize)
+    num_pages = _num_pages(config, model_config, kv_dtype, device, context_length, reserved)
     pool = KVPool(
         num_layers=model_config.num_layers,
         num_pages=num_pages,
@@ -206,11 +207,17 @@ def _page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
 
 
 def _num_pages(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, context_length: int
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    context_length: int,
+    reserved: int,
 ) -> int:
-    """Pages of the pool: as asked, else a share of the memory that is free now."""
+    """Pages of the pool: as asked, else a share of the memory that is free now, less `reserved` bytes."""
     page_bytes = _page_bytes(model, config.page_size, dtype)
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = max(0, free - reserved)
     least = -(-model.block_length // config.page_size) * 2
     if config.max_total_tokens is not None:
         pages = config.max_total_tokens // config.page_size

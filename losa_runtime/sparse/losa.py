@@ -16,6 +16,7 @@ S segments, B block length, R = S * B rows, H query heads, D head dim.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -68,6 +69,11 @@ class Losa(SparseMethod):
         lse_XH.index_copy_(0, written, got.lse_RH)
         self._open[layer, [slot for slot, first in zip(step.slots, step.opens, strict=True) if first]] = True
         return got if plan.rows is None else AttnState(*(x.index_select(0, place_R) for x in (out_XHD, lse_XH)))
+
+    @classmethod
+    def state_bytes(cls, geometry: Geometry, itemsize: int) -> int:
+        rows = math.prod(state_shape(geometry)[:-1])
+        return rows * ((geometry.head_dim + 1) * 4 + geometry.head_dim * itemsize)
 
     def release(self, slot: int) -> None:
         self._open[:, slot] = False

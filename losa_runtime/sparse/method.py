@@ -114,6 +114,11 @@ class SparseMethod(ABC):
     def release(self, slot: int) -> None:  # noqa: B027 - a method without state has nothing to forget
         """Forget a slot, whether or not it was used: its block has ended. Reading it again needs OPEN first."""
 
+    @classmethod
+    def state_bytes(cls, geometry: Geometry, itemsize: int) -> int:
+        """Memory that the method's state will take once it is used; itemsize: bytes of a query's number."""
+        return 0
+
     @classmethod  # noqa: B027 - most methods serve everything
     def check(cls, params: SparseParams, geometry: Geometry) -> None:
         """Raise InvalidRequest if the method cannot serve these (otherwise valid) parameters."""
@@ -130,6 +135,11 @@ def method_class(name: str) -> type[SparseMethod]:
 def make_methods(geometry: Geometry) -> dict[str, SparseMethod]:
     """Every method by name. State is allocated when a method is first used."""
     return {name: method_class(name)(geometry) for name in METHODS}
+
+
+def total_state_bytes(geometry: Geometry, itemsize: int) -> int:
+    """Memory for the state of all methods: any request may choose any of them, so it is kept free from the start."""
+    return sum(method_class(name).state_bytes(geometry, itemsize) for name in METHODS)
 
 
 def declared_summaries() -> frozenset[Summary]:

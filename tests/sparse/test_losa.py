@@ -125,6 +125,7 @@ def test_memory_is_b_times_d_plus_one_per_head() -> None:
     losa, s = stage.methods["losa"], stage.sizes
     assert isinstance(losa, Losa) and losa._memory is not None
     out, lse, query = losa._memory
+    assert sum(x.nbytes for x in losa._memory) == Losa.state_bytes(losa.geometry, query.itemsize)
     assert out.numel() + lse.numel() == s.layers * s.slots * s.heads * s.block * (s.dim + 1)
     assert out.dtype == lse.dtype == torch.float32 and query.shape == out.shape
     paper = stage.geometry._replace(num_layers=36, num_heads=32, head_dim=128, block_length=16, max_slots=1)

@@ -42,7 +42,7 @@ kernels: $(LIBRARY) ## compile the CPU kernels (part of setup; seconds)
 $(LIBRARY): kernels/CMakeLists.txt $(wildcard kernels/csrc/*) | $(STAMP)
 	@if command -v "$${CXX:-c++}" >/dev/null; then \
 	  $(BIN)/cmake -S kernels -B build/kernels >/dev/null && \
-	  MAKEFLAGS= $(BIN)/cmake --build build/kernels --parallel 2 && touch $@; \
+	  MAKEFLAGS=--no-print-directory $(BIN)/cmake --build build/kernels --parallel 2 && touch $@; \
 	else \
 	  echo 'No C++ compiler (c++, or CXX=...): going on without the CPU kernels; attention will be computed by torch.'; \
 	fi

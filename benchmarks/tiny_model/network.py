@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -87,6 +88,7 @@ def gate_mul(gate: Tensor, up: Tensor) -> Tensor:
 def compile_pieces() -> None:
     """Fuse the elementwise pieces; they are memory-bound and would otherwise take most of a training step."""
     global norm_to, norm_rotate, gate_mul
+    torch._dynamo.config.recompile_limit = 64  # one version per shape of the curriculum
     norm_to, norm_rotate, gate_mul = (torch.compile(f, dynamic=False) for f in (norm_to, norm_rotate, gate_mul))
 
 

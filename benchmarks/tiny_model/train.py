@@ -180,7 +180,7 @@ class Trainer:
             gains["lr"] = GAIN_RATE * matrices["lr"]  # they alone set how sharp attention can get
             loss, hits = question_loss(self.net, make_batch(rng, self.tokenizer, stage_recipe(same, table, self.stage)))
             loss.backward()
-            if self.step % 6 == 0:
+            if self.step % 2 == 0:
                 cloze = cloze_loss(self.net, *make_cloze(rng, self.tokenizer, 256, 4))
                 (self.args.cloze * cloze).backward()
                 recent["cloze"] = [*recent.get("cloze", [])[-9:], cloze.item()]
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--cloze", type=float, default=0.3)
+    parser.add_argument("--cloze", type=float, default=0.5)
     parser.add_argument("--advance", type=float, default=0.9)
     parser.add_argument("--schedule", default="main")
     parser.add_argument("--decay-minutes", type=float, default=0)

@@ -144,6 +144,43 @@ void scores(const float* q, int rows, int share, int depth, const Keys& keys, fl
   }
 }
 
+// A float's place in the order of all floats as a number; both zeros are equal and NaN is the largest.
+inline int32_t rank_of(float x) {
+  const int32_t bits = (int32_t)to_bits(x + 0.0f);
+  return x == x ? bits ^ ((bits >> 31) & 0x7fffffff) : 0x7fffffff;
+}
+
+inline int64_t count_from_bar(const float* ranks, int64_t n, int32_t bar) {
+  I found = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) found -= (I)load(ranks + i) >= I{} + bar;
+  int64_t count = 0;
+  for (int lane = 0; lane < W; ++lane) count += found[lane];
+  for (; i < n; ++i) count += (int32_t)to_bits(ranks[i]) >= bar;
+  return count;
+}
+
+void mark_best(float* scores, int64_t n, int64_t best, uint8_t* marked) {
+  if (best >= n) {
+    for (int64_t i = 0; i < n; ++i) marked[i] = 1;
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t rank = rank_of(scores[i]);
+    __builtin_memcpy(scores + i, &rank, sizeof rank);
+  }
+  // The best-th largest rank, found bit by bit: the largest bar that at least `best` ranks reach.
+  uint32_t bar = 0;
+  for (uint32_t bit = 1u << 31; bit; bit >>= 1)
+    if (count_from_bar(scores, n, (int32_t)((bar | bit) ^ 0x80000000u)) >= best) bar |= bit;
+  const int32_t last = (int32_t)(bar ^ 0x80000000u);
+  int64_t level = best - (last == 0x7fffffff ? 0 : count_from_bar(scores, n, last + 1));
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t rank = (int32_t)to_bits(scores[i]);
+    if (rank > last || (rank == last && level-- > 0)) marked[i] = 1;
+  }
+}
+
 float distance(const void* a, const void* b, int dtype, int64_t count) {
   V sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
   int64_t i = 0;
@@ -202,6 +239,6 @@ void bounds(const void* keys, int dtype, int dim, int count, void* top, void* bo
 
 namespace losa {
 
-extern const Level LOSA_LEVEL_TABLE = {attend, add, finish, scores, distance, copy, bounds, merge};
+extern const Level LOSA_LEVEL_TABLE = {attend, add, finish, scores, mark_best, distance, copy, bounds, merge};
 
 }  // namespace losa

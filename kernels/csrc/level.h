@@ -58,6 +58,8 @@ struct Level {
   // Scores of `rows` queries [rows, stride_of(depth)] against up to kKeys vectors of `depth` at keys.where:
   // the largest of every `share` rows goes to out[row / share][0 .. keys.count).
   void (*scores)(const float* q, int rows, int share, int depth, const Keys&, float* const* out, const Tiles&);
+  // Marks the `best` largest of n scores, of equal ones the first; NaN counts as the largest. Overwrites the scores.
+  void (*mark_best)(float* scores, int64_t n, int64_t best, uint8_t* marked);
   // Sum of squared differences of two vectors.
   float (*distance)(const void* a, const void* b, int dtype, int64_t count);
   // Copy a vector, converting between dtypes (round to nearest even).

@@ -81,41 +81,6 @@ void score(const Level& level, const LosaPool& pool, const LosaGroup& group, con
   }
 }
 
-// A float's place in the order of all floats as an unsigned number; both zeros are equal and NaN is the largest.
-uint32_t rank_of(float x) {
-  uint32_t bits;
-  x += 0.0f;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return 0xffffffffu;
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// Marks the `best` largest of n scores; of equal ones the first. Radix selection in three passes of 11, 11, 10 bits.
-void mark_best(const float* scores, int64_t n, int64_t best, uint8_t* marked) {
-  if (best >= n) {
-    std::fill(marked, marked + n, uint8_t{1});
-    return;
-  }
-  uint32_t bar = 0, known = 0;  // bits of the smallest chosen rank found so far, and which bits they are
-  int64_t left = best;
-  for (const int shift : {21, 10, 0}) {
-    const uint32_t digits = shift ? 2047 : 1023;
-    int32_t histogram[2048] = {};
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t rank = rank_of(scores[i]);
-      histogram[rank >> shift & digits] += (rank & known) == bar;
-    }
-    uint32_t digit = digits;
-    while (left > histogram[digit]) left -= histogram[digit--];
-    bar |= digit << shift;
-    known |= digits << shift;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t rank = rank_of(scores[i]);
-    if (rank > bar || (rank == bar && left-- > 0)) marked[i] = 1;
-  }
-}
-
 void check(const LosaPool& pool, const LosaGroup& group, const LosaQuery& query) {
   check_pool(pool);
   check_tables(pool, group, group.prefix_lens);
@@ -187,7 +152,7 @@ extern "C" int losa_select_pages(LosaRun* run, const LosaPool* pool, const LosaG
       const int64_t s = e / heads, g = e % heads, pages = seen[s] ? pages_of(*pool, *group, s) : 0;
       uint8_t* marked = marks.data() + lists[s] + g * pages;
       for (int64_t r = 0; r < seen[s]; ++r)
-        mark_best(scores.get() + at[s] + (g * seen[s] + r) * pages, pages, best[s], marked);
+        level.mark_best(scores.get() + at[s] + (g * seen[s] + r) * pages, pages, best[s], marked);
     });
     int64_t end = indptr[0] = 0;
     for (int64_t e = 0; e < segments * heads; ++e) {

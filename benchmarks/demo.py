@@ -57,12 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = demo(args.tokens)
     questions = pick_questions(document, args.questions)
     options = ["--sparse-method", "losa", "--token-budget", str(args.token_budget), "--log-level", "warning"]
+    # The bundled model is sure of short answers at once, and the threshold rule would accept them in a block's first
+    # step, which reads the prefix densely. A fixed number of steps shows what the later ones read.
+    options += ["--algorithm", "low_confidence_static", "--denoising-steps", str(args.steps)]
     produced = False
     try:
         with ExitStack() as stack:
             with console.status("starting the server"):
                 server = stack.enter_context(RunningServer(str(args.model), options))
-            console.print(f"server ready on {server.url}: losa, budget {args.token_budget} tokens per query\n")
+            settings = f"losa, budget {args.token_budget} tokens per query, {args.steps} steps per block of 16"
+            console.print(f"server ready on {server.url}: {settings}\n")
             sgl.set_default_backend(sgl.RuntimeEndpoint(server.url, chat_template_name="chatml"))
             produced = frontend_part(console, document, questions)
             compare_part(console, server, document, questions)
@@ -208,6 +212,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="checkpoint folder (default: the bundled model)")
     parser.add_argument("--tokens", type=int, default=8300, help="length of the document (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=8, help="how many (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps per block (default: %(default)s)")
     parser.add_argument("--token-budget", type=int, default=256, help="of LoSA (default: %(default)s)")
     return parser.parse_args(argv)
 

@@ -68,7 +68,7 @@ def main() -> None:
     if args.random:
         net = Network(Shape())
     else:
-        state = torch.load(HERE / "runs" / args.name / "state.pt", weights_only=False)
+        state = torch.load(HERE / "runs" / args.name / "state.pt", weights_only=True)
         net = Network(Shape(**state["shape"]))
         net.load_state_dict(state["net"])
     export(net, args.out)

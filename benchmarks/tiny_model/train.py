@@ -121,7 +121,7 @@ class Trainer:
         self.step, self.stage, self.since, self.seconds = 0, 0, 0, 0.0
         self.state_file = self.folder / "state.pt"
         if self.state_file.exists():
-            state = torch.load(self.state_file, weights_only=False)
+            state = torch.load(self.state_file, weights_only=True)
             self.net.load_state_dict(state["net"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.stage, self.since = state["step"], state["stage"], state["since"]

@@ -261,7 +261,6 @@ class TestWholeSuite:
         assert done.stderr.startswith("losa generate: error: ")
 
     def test_sglangs_own_load_tester(self, real: ServerProcess, tmp_path: Path) -> None:
-        pytest.importorskip("transformers")
         command = [
             *(sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", real.url),
             *("--dataset-name", "random-ids", "--num-prompts", "12", "--random-input-len", "64"),

@@ -84,6 +84,6 @@ def load(folder: Path) -> Tokenizer:
 
 
 if __name__ == "__main__":
-    target = Path(__file__).parent / "checkpoint"
+    target = Path(__file__).parent / "runs" / "tokenizer"  # never over the tokenizer that trained weights depend on
     save(train(), target)
     print(f"wrote {target}")

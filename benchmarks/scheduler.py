@@ -4,7 +4,7 @@
 
 Requests over long prompts (a share of each prompt is common to all) are prefilled, denoised and committed with a stub
 in place of the forward; each part of the host's work is timed. The shares are of a round whose forward takes
---forward-ms, and again of the bundled model's real forward of the same batch of denoising rows, measured here.
+--forward-ms, and again of the bundled model's real forward of as many denoising blocks, each over a short prefix.
 The last line is JSON.
 """
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     torch.set_num_threads(args.threads)
     console = Console(stderr=True)
-    llm = LLM(model=str(CHECKPOINT), max_total_tokens=4096, show_progress=False)
+    llm = LLM(model=str(CHECKPOINT), max_total_tokens=256 * args.requests, max_running_requests=args.requests)
     clock = Clock()
     scheduler = _scheduler(args, llm, clock)
     for index, prompt in enumerate(_prompts(args)):
@@ -178,9 +178,7 @@ def _real_forward(args: argparse.Namespace, llm: LLM) -> float:
         return results
 
     runner.run = timed  # type: ignore[method-assign]
-    one = DecodingParams("low_confidence_static", 0.9, 16)
-    assert one.num_steps == 16
-    llm.generate([prompt] * min(args.requests, 32), params)
+    llm.generate([prompt] * args.requests, params)
     runner.run = original  # type: ignore[method-assign]
     return median(seconds) if seconds else float("nan")
 

@@ -116,6 +116,8 @@ class Scheduler:
                 if req.block is None:
                     req.block = req.open_block(req.committed, self.limits.mask_token_id)
                 blocks.append((req, self._block_item(req, req.block)))
+        # At least a block: with a budget of one block, scoring's half is rounded up to all of it.
+        budget = max(budget, self.limits.block_length)
         for req in self.running:
             item = self._prefill_item(req, budget) if req.prefilling else None
             if item is not None:
@@ -258,7 +260,7 @@ class Scheduler:
             if (
                 size - hit >= self.cache.unit
                 and np.array_equal(req.tokens[first], other.tokens[first])
-                and (np.array_equal(req.tokens[:hit], other.tokens[:hit]))
+                and np.array_equal(req.tokens[:hit], other.tokens[:hit])
             ):
                 return True
         return False

@@ -201,10 +201,11 @@ def test_the_lowest_priority_gives_way_first() -> None:
     assert world.terminal("high")[0].stats.retractions == 0
 
 
-def test_scoring_leaves_room_for_the_prefill_of_others() -> None:
-    world = World(pages=256, budget=16)
+@pytest.mark.parametrize("budget", [4, 8, 16])
+def test_scoring_leaves_room_for_the_prefill_of_others(budget: int) -> None:
+    world = World(pages=256, budget=budget)
     world.add("bulk", list(range(400)), 0, score=0)
-    for _ in range(30):
+    while not world.scheduler.running or world.scheduler.running[0].prefilling:
         world.step()
     world.add("short", [7] * 8, 1)
     rounds = 0

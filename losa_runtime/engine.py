@@ -69,7 +69,7 @@ class Engine:
         return outputs
 
     def _check_when_idle(self) -> None:
-        """Every page in one hand? Asked in production too, but rarely: the last answer before the idling waits for it."""
+        """Every page in one hand? Asked in production too, but rarely: the last answer before idling waits for it."""
         now = time.monotonic()
         if not self.scheduler.has_work and now >= self._next_check:
             self.parts.cache.check()

@@ -37,12 +37,13 @@ from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem
 from losa_runtime.runner.model_runner import ModelRunner
 from losa_runtime.scheduler.req import Req, ReqSettings
 from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
+from losa_runtime.sparse.method import method_class
 from losa_runtime.text_stream import TextStream
 from losa_runtime.tokenizer import Detokenizer
 
 CHECKPOINT = Path(__file__).parent / "tiny_model" / "checkpoint"
 PARTS = ("radix", "schedule", "batch", "commit")
-COST = SegmentCost(0.1, 0.1, 5.0, dense=False)
+COST = SegmentCost(0.1, 0.1, (0.3,) * 16, dense=False, kv_bytes=1, metadata_bytes=1, dense_bytes=10)
 
 
 class Clock:
@@ -130,7 +131,7 @@ def _request(index: int, prompt: np.ndarray, args: argparse.Namespace, llm: LLM)
         stop_ids=frozenset(),
         ban_always=(),
         ban_early=(),
-        sparse=SparseParams("losa", 1024, ActiveRule("count", 5)),
+        sparse=SparseParams("losa", 1024, ActiveRule("count", 5), method_class("losa").Options(), 16),
         decoding=DecodingParams("low_confidence_static", 0.9, block),
         text=TextStream(Detokenizer(llm.tokenizer)),
     )

@@ -15,6 +15,7 @@ import losa_runtime
 from losa_runtime.attention.backend import BackendConfig, make_backend
 from losa_runtime.cache.kv_pool import KVPool
 from losa_runtime.cache.prefix_cache import PrefixCache
+from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.config import DType, EngineConfig
 from losa_runtime.core.errors import ConfigError
 from losa_runtime.core.model_config import ModelConfig
@@ -26,8 +27,9 @@ from losa_runtime.models.locate import locate_checkpoint
 from losa_runtime.models.model import load_model
 from losa_runtime.runner.model_runner import ModelRunner
 from losa_runtime.runner.unmask import Unmasker
-from losa_runtime.sparse.method import METHODS, Geometry, declared_summaries, make_methods, total_state_bytes
-from losa_runtime.sparse.method import resolve as resolve_sparse
+from losa_runtime.sparse.memory import Geometry
+from losa_runtime.sparse.method import METHODS, declared_summaries, make_methods, total_state_bytes
+from losa_runtime.sparse.resolve import resolve as resolve_sparse
 from losa_runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,10 @@ CPU_POOL_CONTEXTS = 8
 
 
 class Parts(NamedTuple):
-    """What an engine is made of. context_length: prompt + output of one request, a multiple of the block length."""
+    """What an engine is made of.
+
+    sparse: what a request without wishes gets. context_length: prompt + output of one request, in whole blocks.
+    """
 
     config: EngineConfig
     model_config: ModelConfig
@@ -45,6 +50,7 @@ class Parts(NamedTuple):
     cache: PrefixCache
     runner: ModelRunner
     geometry: Geometry
+    sparse: SparseParams
     context_length: int
     eos_token_ids: frozenset[int]
     folder: str
@@ -79,7 +85,8 @@ class Parts(NamedTuple):
             "fused_commit": not config.disable_fused_commit,
             "sparse_method": config.sparse_method,
             "sparse_methods": list(METHODS),
-            "token_budget": config.token_budget,
+            "token_budget": self.sparse.token_budget,
+            "sparse_options": self.sparse.options.model_dump(),
             "algorithm": config.algorithm,
             "algorithms": list(ALGORITHMS),
             "threshold": config.threshold,
@@ -116,10 +123,11 @@ def assemble(config: EngineConfig) -> Parts:
         block_length=model_config.block_length,
         page_size=config.page_size,
         max_slots=config.max_running_requests,
+        context_length=context_length,
         device=device,
     )
     # Wrong defaults are found here and never meet a request.
-    resolve_sparse(DiffusionParams(), config, geometry)
+    sparse = resolve_sparse(DiffusionParams(), config, geometry)
     resolve_decoding(DiffusionParams(), config, model_config.block_length)
     backend_config = BackendConfig(
         device=device,
@@ -161,6 +169,7 @@ def assemble(config: EngineConfig) -> Parts:
         ),
         runner=ModelRunner(model, backend, make_methods(geometry), unmasker, device),
         geometry=geometry,
+        sparse=sparse,
         context_length=context_length,
         eos_token_ids=frozenset(eos),
         folder=str(folder.resolve()),

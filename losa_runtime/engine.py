@@ -21,7 +21,7 @@ from losa_runtime.decoding.penalties import check_logit_bias
 from losa_runtime.decoding.registry import resolve as resolve_decoding
 from losa_runtime.scheduler.req import Req, ReqSettings
 from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
-from losa_runtime.sparse.method import resolve as resolve_sparse
+from losa_runtime.sparse.resolve import resolve as resolve_sparse
 from losa_runtime.text_stream import TextStream
 from losa_runtime.tokenizer import Detokenizer
 

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from losa_kernels.reference import selection
+from losa_kernels.reference import paging, selection
 from losa_runtime.cache.kv_pool import KVPool
 from losa_runtime.core.batch import Segment
 from losa_runtime.core.errors import ConfigError
@@ -216,6 +216,37 @@ class AttentionBackend(ABC):
         """In-block attention merged with that to the prefix: out [R, H, D] float32."""
         return self.merge(prefix, self.block(q_RHD, k_RGD, v_RGD, group))
 
+    def prefix_mass(
+        self,
+        layer: int,
+        q_RHD: Tensor,
+        lse_RH: Tensor,
+        granule: int,
+        group: RowGroup,
+        over_rows: Literal["mean", "max"] = "mean",
+    ) -> Tensor:
+        """Softmax mass of each prefix granule per query head, over all rows of a segment: float32 [S, H, n], 0 behind
+        a segment's last granule; n is the most granules of any segment.
+
+        exp(scale q . k - lse), summed over the keys of a granule, then averaged (or maximised) over the rows. lse_RH:
+        whatever the mass is to be relative to, natural and float32; that of the prefix makes the mean sum to one.
+        """
+        segments, rows, prefixes = len(group.segments), group.block_length, group.prefix_lens
+        assert q_RHD.shape[0] == segments * rows
+        width = max(-(-n // granule) for n in prefixes)
+        mass_SHn = torch.zeros(segments, self.num_heads, width, device=q_RHD.device)
+        for index, (segment, prefix_len) in enumerate(zip(group.segments, prefixes, strict=True)):
+            mine = slice(index * rows, (index + 1) * rows)
+            keys_GND = self.prefix_keys(layer, segment)
+            mass = selection.key_mass(q_RHD[mine], lse_RH[mine], keys_GND, self.scale, granule, over_rows)
+            mass_SHn[index, :, : -(-prefix_len // granule)] = mass
+        return mass_SHn
+
+    def prefix_keys(self, layer: int, segment: Segment) -> Tensor:
+        """All stored keys before a segment, gathered: [G, N, D] in the dtype of the pages."""
+        pages = segment.pages[: -(-segment.prefix_len // self.pool.page_size)]
+        return paging.gather_pages(self.pool.k(layer), pages)[:, : segment.prefix_len]
+
     def select_pages(
         self,
         layer: int,
@@ -254,17 +285,20 @@ class AttentionBackend(ABC):
         fresh: tuple[bool, ...],
         count_S: Tensor,
         tau_S: Tensor,
+        keep_stable: bool = False,
     ) -> Tensor:
         """Rows to recompute, int64 sorted, by the rules of `active_rows`; every row of the segments in `fresh`.
 
-        before_XBHD[slots_S], the queries of the previous step, is compared with and becomes q_SBHD.
+        before_XBHD[slots_S], earlier queries, is compared with and becomes q_SBHD; with keep_stable only where the row
+        is to be recomputed, so that the next change is measured from there.
         """
         later_S = torch.tensor([i for i, first in enumerate(fresh) if not first], device=q_SBHD.device)
         active_SB = torch.ones(q_SBHD.shape[:2], dtype=torch.bool, device=q_SBHD.device)
         if later_S.shape[0]:
             change_SB = selection.query_change(q_SBHD[later_S], before_XBHD[slots_S[later_S]])
             active_SB[later_S] = selection.active_rows(change_SB, count_S[later_S], tau_S[later_S])
-        before_XBHD[slots_S] = q_SBHD
+        kept = ~active_SB[..., None, None] if keep_stable else torch.zeros((), dtype=torch.bool, device=q_SBHD.device)
+        before_XBHD[slots_S] = torch.where(kept, before_XBHD[slots_S], q_SBHD)
         return active_SB.flatten().nonzero().flatten()
 
 

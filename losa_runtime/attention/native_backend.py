@@ -116,7 +116,10 @@ class NativeBackend(AttentionBackend):
         fresh: tuple[bool, ...],
         count_S: Tensor,
         tau_S: Tensor,
+        keep_stable: bool = False,
     ) -> Tensor:
+        if keep_stable:
+            return super().changed_rows(q_SBHD, before_XBHD, slots_S, fresh, count_S, tau_S, keep_stable)
         now_RHD = q_SBHD.flatten(0, 1).contiguous()
         return selection.changed_rows(self._kernels, now_RHD, before_XBHD, slots_S, fresh, count_S, tau_S)
 

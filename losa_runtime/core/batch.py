@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from pydantic import BaseModel
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -38,11 +40,17 @@ class ActiveRule(NamedTuple):
 
 
 class SparseParams(NamedTuple):
-    """A request's settled sparse parameters. budget: prefix tokens per query, a multiple of the page size."""
+    """A request's settled sparse parameters.
+
+    token_budget: prefix tokens per query, a multiple of the page size. options: the method's own (its `Options`),
+    frozen; requests with equal ones are computed together. planned_steps: denoising steps planned per block.
+    """
 
     method: str
     token_budget: int
     active: ActiveRule
+    options: BaseModel
+    planned_steps: int
 
 
 class Segment(NamedTuple):

@@ -37,7 +37,8 @@ class EngineConfig(BaseModel):
     schedule_policy: who is admitted first: first come, longest cached prefix, or highest `priority`.
     radix_eviction_policy: which unlocked prefix goes first: least recently or least frequently used.
     block_length, mask_token_id, rope_scaling: override the checkpoint's config.
-    sparse_method … denoising_steps: defaults of `DiffusionParams`, see there.
+    sparse_method … denoising_steps: defaults of `DiffusionParams`, see there. token_budget: None = 1024, or the context
+    if that is shorter. sparse_options: of `sparse_method`; they are not for requests that choose another method.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -67,10 +68,11 @@ class EngineConfig(BaseModel):
     radix_eviction_policy: Literal["lru", "lfu"] = "lru"
 
     sparse_method: str = "dense"
-    token_budget: int = Field(default=1024, gt=0)
+    token_budget: int | None = Field(default=None, gt=0)
     active_tokens: int | None = Field(default=None, ge=0)
     active_ratio: float | None = Field(default=None, ge=0.0, le=1.0)
     active_tau: float | None = Field(default=None, gt=0.0, le=1.0)
+    sparse_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     algorithm: str = "low_confidence_dynamic"
     threshold: float = Field(default=0.9, ge=0.0, le=1.0)
     denoising_steps: int | None = Field(default=None, gt=0)

@@ -55,7 +55,10 @@ class RequestStats(BaseModel):
     prefix was read densely for every row by the method's own rule. kv_density: share of prefix positions read per KV
     head, averaged over the later (non-first) steps and layers. kv_density_q: the same per query head, before the
     union over the KV group. active_share: share of block rows whose prefix attention was recomputed in later steps.
-    None where a request had no later step.
+    active_overlap: the same among the tokens unmasked one step before. None where a request had no later step.
+    kv_bytes: prefix K/V read in denoising steps; metadata_bytes: page summaries and keys read to choose them;
+    dense_bytes: what dense attention would have read in these steps. bytes_ratio: what was read in the later steps
+    relative to dense attention; block_bytes_ratio: the same over all denoising steps. None without a prefix.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,6 +69,12 @@ class RequestStats(BaseModel):
     kv_density: float | None = None
     kv_density_q: float | None = None
     active_share: float | None = None
+    active_overlap: float | None = None
+    kv_bytes: int = 0
+    metadata_bytes: int = 0
+    dense_bytes: int = 0
+    bytes_ratio: float | None = None
+    block_bytes_ratio: float | None = None
     retractions: int = 0
 
 

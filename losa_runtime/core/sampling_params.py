@@ -48,6 +48,7 @@ class DiffusionParams(BaseModel):
     sparse_method: registry name of the sparse attention method, e.g. "dense", "quest", "losa".
     token_budget: prefix tokens each query may select (a multiple of the page size).
     active_tokens | active_ratio | active_tau: LoSA's active-row rule; at most one of the three.
+    sparse_options: further options of the chosen method by name, e.g. {"dense_layers": 2}; see the method's `Options`.
     algorithm: registry name of the decoding algorithm.
     threshold: confidence above which the dynamic algorithm accepts a token.
     denoising_steps: planned denoising steps per block (1 .. block length).
@@ -60,6 +61,7 @@ class DiffusionParams(BaseModel):
     active_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     active_ratio: float | None = Field(default=None, ge=0.0, le=1.0)
     active_tau: float | None = Field(default=None, gt=0.0, le=1.0)
+    sparse_options: dict[str, bool | int | float | str] | None = Field(default=None, max_length=64)
     algorithm: str | None = None
     threshold: float | None = Field(default=None, ge=0.0, le=1.0)
     denoising_steps: int | None = Field(default=None, gt=0, le=MAX_COUNT)

@@ -63,13 +63,17 @@ class Round(NamedTuple):
 
 class SegmentCost(NamedTuple):
     """What a denoising step read of its prefix. density_kv / density_q: share of prefix positions, mean over layers
-    and heads, per KV head (after the union over the group) and per query head. active: rows recomputed, mean over
-    layers. dense: the whole prefix was read for every row."""
+    and heads, per KV head (after the union over the group) and per query head. active: per row, the share of layers
+    in which it was recomputed. dense: the whole prefix was read for every row. kv_bytes: K/V read; metadata_bytes:
+    summaries and keys read to choose them; dense_bytes: what dense attention reads."""
 
     density_kv: float
     density_q: float
-    active: float
+    active: tuple[float, ...]
     dense: bool
+    kv_bytes: int
+    metadata_bytes: int
+    dense_bytes: int
 
 
 class BlockResult(NamedTuple):

@@ -75,4 +75,12 @@ class ModelRunner:
 
 
 def _cost(report: SegmentReport) -> SegmentCost:
-    return SegmentCost(report.kv_density, report.kv_density_q, report.active_rows, report.dense)
+    return SegmentCost(
+        density_kv=report.kv_density,
+        density_q=report.kv_density_q,
+        active=report.row_shares,
+        dense=report.dense,
+        kv_bytes=report.kv_bytes,
+        metadata_bytes=report.metadata_bytes,
+        dense_bytes=report.dense_bytes,
+    )

@@ -15,7 +15,7 @@ class DiffusionBlock:
     block whose limit is below B is the request's last and its K/V is never stored.
     """
 
-    __slots__ = ("known", "limit", "logprobs", "masked", "start", "step", "tokens")
+    __slots__ = ("known", "latest", "limit", "logprobs", "masked", "start", "step", "tokens")
 
     def __init__(self, start: int, known: Ids, limit: int, block_length: int, mask_token_id: int) -> None:
         assert start % block_length == 0 and known.size < block_length and known.size < limit <= block_length
@@ -26,6 +26,7 @@ class DiffusionBlock:
         self.masked[: known.size] = False
         self.logprobs: NDArray[np.float64] = np.zeros(block_length)
         self.step = 0
+        self.latest: tuple[int, ...] = ()  # offsets accepted in the last step
 
     @property
     def candidates(self) -> Ids:
@@ -48,6 +49,7 @@ class DiffusionBlock:
         assert self.masked[offsets].all() and (offsets < self.limit).all()
         self.tokens[offsets], self.logprobs[offsets] = tokens, logprobs
         self.masked[offsets] = False
+        self.latest = tuple(offsets.tolist())
         self.step += 1
 
     def first_stop(self, stop_ids: frozenset[int]) -> int | None:

@@ -165,7 +165,7 @@ class Scheduler:
             return None
         block = req.block
         assert block is not None and result.cost is not None
-        req.cost.add_step(result.cost, first=item.mode is ForwardMode.OPEN, block_length=self.limits.block_length)
+        req.cost.add_step(result.cost, first=item.mode is ForwardMode.OPEN, unmasked=block.latest)
         block.accept(result.offsets, result.tokens, result.logprobs)
         news = after_step(req, block)
         if news is not None and block.complete and news.finish is None:

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, RowGroup
-from losa_runtime.core.batch import ForwardBatch, ForwardMode, Segment
+from losa_runtime.core.batch import ForwardBatch, ForwardMode, Segment, SparseParams
 from losa_runtime.sparse.density import PrefixMeter, SegmentReport
-from losa_runtime.sparse.method import DenoiseStep, SparseMethod
+from losa_runtime.sparse.method import SparseMethod
+from losa_runtime.sparse.step import DenoiseStep
 
 
 class _Party(NamedTuple):
-    """Block segments with one method. No method (and no step): scored blocks, which read densely and keep nothing."""
+    """Block segments with one method and its options. None: scored blocks, which read densely and keep nothing."""
 
     group: RowGroup
     meter: PrefixMeter
-    method: SparseMethod | None = None
-    step: DenoiseStep | None = None
+    work: tuple[SparseMethod, DenoiseStep] | None = None
 
 
 class SparseAttend:
@@ -40,11 +40,13 @@ class SparseAttend:
         stores = [segment for segment in batch.segments if segment.mode.stores]
         self._stores = RowGroup.of(stores, length, device) if stores else None
         assert self._stores is None or self._stores.where == slice(0, batch.stored), "store segments come first"
-        by_method: dict[str | None, list[Segment]] = {}
+        by_method: dict[object, list[Segment]] = {}
         for segment in batch.segments:
             if not segment.mode.stores:
-                by_method.setdefault(_method_name(segment), []).append(segment)
-        self._parties = [self._party(name, some, methods) for name, some in by_method.items()]
+                sparse = _sparse(segment)
+                key = None if sparse is None else (sparse.method, sparse.options)
+                by_method.setdefault(key, []).append(segment)
+        self._parties = [self._party(some, methods) for some in by_method.values()]
 
     def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         out_THD = torch.empty_like(q_THD)
@@ -59,33 +61,36 @@ class SparseAttend:
 
     def report(self) -> tuple[SegmentReport, ...]:
         """What was read so far, one entry per block segment in the order of the batch."""
-        entries = [entry for party in self._parties for entry in party.meter.report()]
+        entries = [entry for party in self._parties for entry in party.meter.report(self._backend.pool)]
         return tuple(sorted(entries, key=lambda entry: entry.segment.start))
 
-    def _party(self, name: str | None, segments: list[Segment], methods: Mapping[str, SparseMethod]) -> _Party:
-        pool = self._backend.pool
-        group = RowGroup.of(segments, self._batch.block_length, pool.device)
+    def _party(self, segments: list[Segment], methods: Mapping[str, SparseMethod]) -> _Party:
+        device = self._backend.pool.device
+        group = RowGroup.of(segments, self._batch.block_length, device)
         assert all(count == group.block_length for count in group.counts), "a block segment is one block"
-        if name is None:
-            return _Party(group, PrefixMeter(group, (False,) * len(segments), pool))
-        method, step = methods[name], DenoiseStep(group, pool.device)
-        bypassed = step.whole if method.has_budget else (False,) * len(segments)
-        return _Party(group, PrefixMeter(group, bypassed, pool), method, step)
+        sparse = _sparse(segments[0])
+        if sparse is None:
+            return _Party(group, PrefixMeter(group))
+        method = methods[sparse.method]
+        step = DenoiseStep(group, device, method.budget if method.has_budget else None)
+        return _Party(group, step.meter, (method, step))
 
     def _block_rows(self, layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, party: _Party) -> Tensor:
-        backend, group, method, step = self._backend, party.group, party.method, party.step
-        if method is None or step is None:
+        backend, group = self._backend, party.group
+        if party.work is None:
             plan = PrefixPlan()
             prefix = backend.prefix(layer, q_RHD, plan, group)
         else:
+            method, step = party.work
             plan = method.plan(layer, q_RHD, step, backend)
-            prefix = method.complete(layer, plan, backend.prefix(layer, q_RHD, plan, group), step)
-        party.meter.add(plan)
+            got = backend.prefix(layer, q_RHD, plan, group)
+            prefix = method.complete(layer, q_RHD, plan, got, step, backend)
+        party.meter.add(plan, backend.pool)
         return backend.block_merged(prefix, q_RHD, k_RGD, v_RGD, group)
 
 
-def _method_name(segment: Segment) -> str | None:
+def _sparse(segment: Segment) -> SparseParams | None:
     if segment.mode is ForwardMode.SCORE:
         return None
     assert segment.sparse is not None and segment.slot >= 0, "a denoising segment needs a method and a slot"
-    return segment.sparse.method
+    return segment.sparse

@@ -5,6 +5,7 @@ S segments, B block length, G KV heads, H query heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,83 +21,131 @@ class SegmentReport(NamedTuple):
 
     kv_density: share of prefix positions loaded per KV head (the union over rows and over the heads of the group).
     kv_density_q: the same per query head, before the union over the group. An empty prefix that was to be read whole
-    counts as 1. active_rows: rows whose prefix attention was computed. dense: every row read the whole prefix in every
-    layer. bypassed: no selection took place because the budget covers the prefix.
-    kv_bytes: prefix K/V loaded; metadata_bytes: page summaries loaded; both over all layers.
+    counts as 1. row_shares: per row of the block, the share of layers in which its prefix attention was computed.
+    dense: every row read the whole prefix in every layer. bypassed: no selection took place because the budget covers
+    the prefix. kv_bytes: prefix K/V loaded; metadata_bytes: page summaries and keys loaded to choose them; dense_bytes: K/V
+    of the whole prefix; all three over all layers.
     """
 
     segment: Segment
     kv_density: float
     kv_density_q: float
-    active_rows: float
+    row_shares: tuple[float, ...]
     dense: bool
     bypassed: bool
     kv_bytes: int
     metadata_bytes: int
+    dense_bytes: int
+
+    @property
+    def active_rows(self) -> float:
+        """Rows whose prefix attention was computed, mean over layers."""
+        return sum(self.row_shares)
 
 
 class PrefixMeter:
-    """Adds up the plans of one group over the layers of one forward."""
+    """Adds up what one group reads over the layers of one forward. whole: segments whose budget covers the prefix."""
 
-    def __init__(self, group: RowGroup, whole: tuple[bool, ...], pool: KVPool) -> None:
-        self._group, self._whole, self._pool = group, whole, pool
-        segments, device = len(group.segments), pool.device
+    def __init__(self, group: RowGroup, whole: tuple[bool, ...] | None = None) -> None:
+        self._group = group
+        segments = len(group.segments)
+        self._bypassed = (False,) * segments if whole is None else whole
         self._layers = 0
-        self._scored: list[tuple[bool, ...]] = []  # per layer that scored anything
-        self._counts_4S = torch.zeros(4, segments, dtype=torch.float64, device=device)
-        self._prefix_S = torch.tensor(group.prefix_lens, device=device)
-        # What a layer adds in which all rows read everything.
-        everything = (1.0, 1.0, float(group.block_length), 1.0)
-        self._everything_4S = torch.tensor(everything, dtype=torch.float64, device=device)[:, None]
+        self._scored = [0] * segments  # layers in which the page summaries were read
+        self._keyed = [0] * segments  # layers in which all keys were read to choose among them
+        self._host_rows = 0  # layers in which all rows were computed
+        self._counts_3S: Tensor | None = None
+        self._rows_SB: Tensor | None = None
+        self._extra_S: Tensor | None = None  # positions read per KV head beside the plans
+        self._prefix_S = torch.tensor(group.prefix_lens)
 
-    def add(self, plan: PrefixPlan) -> None:
-        """Count one layer."""
+    def add(self, plan: PrefixPlan, pool: KVPool) -> None:
+        """Count the plan of one layer."""
         self._layers += 1
         group, segments = self._group, len(self._group.segments)
         if plan.scored is not None:
-            self._scored.append(plan.scored)
+            self._scored = [n + mine for n, mine in zip(self._scored, plan.scored, strict=True)]
+        if self._counts_3S is None or self._rows_SB is None:
+            self._prefix_S = self._prefix_S.to(pool.device)
+            self._counts_3S = torch.zeros(3, segments, dtype=torch.float64, device=pool.device)
+            self._rows_SB = torch.zeros(segments, group.block_length, dtype=torch.float64, device=pool.device)
         if plan.rows is None and (plan.kv is None or all(plan.kv.whole)):
-            self._counts_4S += self._everything_4S
+            self._counts_3S += 1.0
+            self._host_rows += 1
             return
         if plan.rows is None:
             rows_S = torch.full_like(self._prefix_S, group.block_length)
+            self._host_rows += 1
         else:
-            rows_S = torch.bincount(plan.rows // group.block_length, minlength=segments)
-        if plan.kv is None or all(plan.kv.whole):
-            share_S, dense_S = rows_S > 0, rows_S == group.block_length
-        else:
-            whole_S = torch.tensor(plan.kv.whole, device=rows_S.device)
-            share_S, dense_S = whole_S & (rows_S > 0), whole_S & (rows_S == group.block_length)
-        share_q = share_kv = share_S
-        if plan.kv is not None and plan.kv.indices.shape[0]:
-            share_q = share_kv = share_S + self._listed(plan.kv, plan, self._pool.num_kv_heads)
-            if plan.kv.heads != self._pool.num_kv_heads:
-                share_q = share_S + self._listed(plan.kv, plan, plan.kv.heads)
-        self._counts_4S += torch.stack((share_kv.double(), share_q.double(), rows_S.double(), dense_S.double()))
+            rows_SB = torch.bincount(plan.rows, minlength=segments * group.block_length).view(segments, -1)
+            self._rows_SB += rows_SB
+            rows_S = rows_SB.sum(1)
+        share_kv, share_q = self._shares(plan, rows_S, pool.num_kv_heads)
+        whole_S = torch.tensor((True,) * segments if plan.kv is None else plan.kv.whole, device=rows_S.device)
+        dense_S = whole_S & (rows_S == group.block_length)
+        self._counts_3S += torch.stack((share_kv, share_q, dense_S.double()))
 
-    def report(self) -> list[SegmentReport]:
+    def also(self, plan: PrefixPlan, pool: KVPool) -> None:
+        """Count K/V that a method read beside its plan of this layer: bytes, but neither rows nor density."""
+        segments = len(self._group.segments)
+        rows_S = torch.full((segments,), self._group.block_length, device=pool.device)
+        self._prefix_S = self._prefix_S.to(pool.device)
+        if plan.rows is not None:
+            rows_S = torch.bincount(plan.rows // self._group.block_length, minlength=segments)
+        read_S = self._shares(plan, rows_S, pool.num_kv_heads)[0] * self._prefix_S
+        self._extra_S = read_S if self._extra_S is None else self._extra_S + read_S
+
+    def keys(self, index: Sequence[int]) -> None:
+        """Count that choosing read every key of these segments in this layer."""
+        for segment in index:
+            self._keyed[segment] += 1
+
+    def report(self, pool: KVPool) -> list[SegmentReport]:
         """One entry per segment of the group, in its order."""
-        counts = (self._counts_4S / max(self._layers, 1)).tolist()
-        return [self._one(index, *(row[index] for row in counts)) for index in range(len(self._group.segments))]
+        assert self._counts_3S is not None and self._rows_SB is not None, "no layer was counted"
+        shares = (self._counts_3S / self._layers).T.tolist()
+        rows = ((self._rows_SB + self._host_rows) / self._layers).tolist()
+        extra = [0.0] * len(shares) if self._extra_S is None else self._extra_S.tolist()
+        return [self._one(i, tuple(shares[i]), tuple(rows[i]), extra[i], pool) for i in range(len(shares))]
 
-    def _one(self, index: int, kv_density: float, kv_density_q: float, active: float, dense: float) -> SegmentReport:
-        segment, pool = self._group.segments[index], self._pool
-        vector = pool.head_dim * pool.dtype.itemsize
-        positions = round(kv_density * segment.prefix_len * self._layers * pool.num_kv_heads)
+    def _one(
+        self,
+        index: int,
+        shares: tuple[float, ...],
+        rows: tuple[float, ...],
+        extra: float,
+        pool: KVPool,
+    ) -> SegmentReport:
+        segment, (kv_density, kv_density_q, dense) = self._group.segments[index], shares
+        vectors = pool.num_kv_heads * pool.head_dim * pool.dtype.itemsize  # bytes of one vector per KV head
+        everything = segment.prefix_len * self._layers
         pages = -(-segment.prefix_len // pool.page_size)
-        metadata = (
-            sum(scored[index] for scored in self._scored) * pages * pool.num_kv_heads * pool.summary_vectors * vector
-        )
+        summaries = self._scored[index] * pages * pool.summary_vectors
         return SegmentReport(
             segment,
             kv_density,
             kv_density_q,
-            active_rows=active,
+            rows,
             dense=dense == 1.0,
-            bypassed=self._whole[index],
-            kv_bytes=positions * 2 * vector,
-            metadata_bytes=metadata,
+            bypassed=self._bypassed[index],
+            kv_bytes=round((kv_density * everything + extra) * 2 * vectors),
+            metadata_bytes=(summaries + self._keyed[index] * segment.prefix_len) * vectors,
+            dense_bytes=everything * 2 * vectors,
         )
+
+    def _shares(self, plan: PrefixPlan, rows_S: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """Share of the prefix that a plan reads, per KV head and per query head: float64 [S] each."""
+        if plan.kv is None or all(plan.kv.whole):
+            share_S = (rows_S > 0).double()
+            return share_S, share_S
+        whole_S = torch.tensor(plan.kv.whole, device=rows_S.device)
+        share_S = (whole_S & (rows_S > 0)).double()
+        if not plan.kv.indices.shape[0]:
+            return share_S, share_S
+        share_kv = share_S + self._listed(plan.kv, plan, kv_heads)
+        if plan.kv.heads == kv_heads:
+            return share_kv, share_kv
+        return share_kv, share_S + self._listed(plan.kv, plan, plan.kv.heads)
 
     def _listed(self, kv: KVIndices, plan: PrefixPlan, heads: int) -> Tensor:
         """Share of the prefix in the lists, mean over `heads` (at most kv.heads) after a union inside each: [S]."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend, PrefixPlan
-from losa_runtime.sparse.method import DenoiseStep, Geometry
+from losa_runtime.sparse.memory import Geometry
+from losa_runtime.sparse.step import DenoiseStep
 
 
 def plan_pages(

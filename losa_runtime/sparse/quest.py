@@ -14,8 +14,9 @@ from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend, PrefixPlan
 from losa_runtime.cache.kv_pool import Summary
-from losa_runtime.sparse.method import DenoiseStep, SparseMethod
+from losa_runtime.sparse.method import SparseMethod
 from losa_runtime.sparse.pages import plan_pages
+from losa_runtime.sparse.step import DenoiseStep
 
 
 class Quest(SparseMethod):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from pydantic import BaseModel
 
 from losa_runtime.cache.prefix_cache import PrefixCache
 from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
@@ -16,7 +17,13 @@ from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
 from losa_runtime.text_stream import TextStream
 
 MASK = 999
-NO_COST = SegmentCost(density_kv=0.0, density_q=0.0, active=0.0, dense=True)
+
+
+class NoOptions(BaseModel):
+    """Options of no method."""
+
+
+NO_COST = SegmentCost(0.0, 0.0, (0.0,) * 1024, dense=True, kv_bytes=0, metadata_bytes=0, dense_bytes=0)
 
 
 class IdText:
@@ -78,7 +85,7 @@ class World:
             stop_ids=frozenset(stop),
             ban_always=(),
             ban_early=(),
-            sparse=SparseParams("dense", 16, ActiveRule("count", 1)),
+            sparse=SparseParams("dense", 16, ActiveRule("count", 1), NoOptions(), 16),
             decoding=DecodingParams("sequential", 0.9, self.block),
             text=TextStream(IdText(), (), False),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from losa_runtime.cache.kv_pool import KVPool
 from losa_runtime.core.batch import ActiveRule, ForwardBatch, ForwardMode, Segment, SparseParams
 from losa_runtime.sparse.attend import SparseAttend
 from losa_runtime.sparse.density import SegmentReport
-from losa_runtime.sparse.method import Geometry, declared_summaries, make_methods
+from losa_runtime.sparse.memory import Geometry
+from losa_runtime.sparse.method import declared_summaries, make_methods, method_class
 
 CPU = torch.device("cpu")
 BACKEND = "torch"  # what the next stage computes with; the suite runs once per backend (conftest.py)
@@ -93,7 +94,7 @@ class Stage:
                 self.pool.summary(layer, kind).fill_(torch.nan)
         config = BackendConfig(CPU, torch.float32, dtype, s.heads, s.kv_heads, s.dim, s.page, s.block)
         self.backend: AttentionBackend = make_backend(BACKEND, config, self.pool)
-        self.geometry = Geometry(s.layers, s.heads, s.kv_heads, s.dim, s.block, s.page, s.slots, CPU)
+        self.geometry = Geometry(s.layers, s.heads, s.kv_heads, s.dim, s.block, s.page, s.slots, s.pages * s.page, CPU)
         self.methods = make_methods(self.geometry)
         self._free = torch.randperm(s.pages, generator=torch.Generator().manual_seed(seed)).tolist()
         self.tables: dict[str, list[int]] = {}
@@ -156,7 +157,10 @@ def denoise_item(name: str, start: int, sparse: SparseParams, step: int, slot: i
     return Item(name, mode, start, sizes.block, slot, step, sparse)
 
 
-def params(method: str, budget: int = 16, active: float = 3, kind: str = "count") -> SparseParams:
-    """Settled parameters without going through `resolve`."""
+def params(
+    method: str, budget: int = 16, active: float = 3, kind: str = "count", planned_steps: int = 8, **options: Any
+) -> SparseParams:
+    """Settled parameters without going through `resolve`. options: the method's own."""
     assert kind in ("count", "ratio", "tau")
-    return SparseParams(method, budget, ActiveRule(kind, active))  # type: ignore[arg-type]
+    rule = ActiveRule(kind, active)  # type: ignore[arg-type]
+    return SparseParams(method, budget, rule, method_class(method).Options(**options), planned_steps)

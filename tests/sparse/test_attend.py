@@ -85,7 +85,7 @@ def test_scored_blocks_read_densely_and_leave_no_state(sizes: Sizes) -> None:
     dense = stage.denoise("r", 64, DENSE, 1)[0]
     assert equal(result, dense)
     assert result.report is not None and result.report.dense and not result.report.bypassed
-    assert stage.methods["losa"]._memory is None  # type: ignore[attr-defined]
+    assert stage.methods["losa"].memory._query is None
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from losa_runtime.core.batch import SparseParams
-from losa_runtime.sparse.losa import Losa, state_shape
+from losa_runtime.sparse.memory import BlockMemory, state_shape
 from tests.sparse.stage import Result, Sizes, Stage, denoise_item, params, random_rows
 
 PROMPT = 96
@@ -122,12 +122,13 @@ def test_memory_is_b_times_d_plus_one_per_head() -> None:
     stage = Stage()
     stage.prefill("r", 16)
     stage.denoise("r", 16, params("losa"), 1)
-    losa, s = stage.methods["losa"], stage.sizes
-    assert isinstance(losa, Losa) and losa._memory is not None
-    out, lse, query = losa._memory
-    assert sum(x.nbytes for x in losa._memory) == Losa.state_bytes(losa.geometry, query.itemsize)
+    memory, s = stage.methods["losa"].memory, stage.sizes
+    out, lse = memory.prefix._tensors or ()
+    query = memory._query
+    assert query is not None and query.shape == out.shape == state_shape(stage.geometry)
+    assert out.nbytes + lse.nbytes + query.nbytes == BlockMemory.bytes(stage.geometry, query.itemsize)
     assert out.numel() + lse.numel() == s.layers * s.slots * s.heads * s.block * (s.dim + 1)
-    assert out.dtype == lse.dtype == torch.float32 and query.shape == out.shape
+    assert out.dtype == lse.dtype == torch.float32
     paper = stage.geometry._replace(num_layers=36, num_heads=32, head_dim=128, block_length=16, max_slots=1)
     assert math.prod(state_shape(paper)) // 128 * 129 == 2_377_728
 

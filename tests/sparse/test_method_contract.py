@@ -11,6 +11,7 @@ from torch import Tensor
 from losa_runtime.attention.backend import AttnState, PrefixPlan, RowGroup
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.sparse.method import METHODS, method_class
+from tests.sparse.cases import ALL, CASES
 from tests.sparse.oracle import block_outputs
 from tests.sparse.stage import Result, Sizes, Stage, denoise_item, params
 
@@ -42,7 +43,7 @@ def close(left: list[Result], right: list[Result]) -> None:
 
 @pytest.mark.parametrize("prompt", [0, 16, PROMPT])
 def test_1_full_budget_with_all_rows_is_dense(sizes: Sizes, method: str, prompt: int) -> None:
-    full = params(method, budget=PROMPT, active=sizes.block)
+    full = params(method, budget=PROMPT, active=sizes.block, **CASES[method].full)
     close(run(sizes, full, prompt), run(sizes, params("dense"), prompt))
 
 
@@ -116,7 +117,7 @@ def test_5_release_leaves_nothing(sizes: Sizes, method: str) -> None:
     stage.denoise("old", PROMPT, sparse, 2)
     for one in stage.methods.values():
         one.release(0)
-    if method_class(method).has_active_rows:
+    if CASES[method].keeps_state:
         with pytest.raises(AssertionError, match="without an opening step"):
             stage.forward(denoise_item("r", PROMPT, sparse, 1, 0, sizes))
     assert same(stage.denoise("r", PROMPT, sparse, STEPS), run(sizes, sparse))
@@ -162,10 +163,16 @@ def test_7_reports_what_was_read(sizes: Sizes, method: str) -> None:
         assert report.dense == (report.kv_density == 1.0 and report.active_rows == sizes.block)
         read = report.kv_density * PROMPT * sizes.layers
         assert report.kv_bytes == pytest.approx(2 * read * vector * itemsize, abs=1)
-        pages = -(-PROMPT // sizes.page)
-        assert report.metadata_bytes == (0 if report.dense else 2 * pages * vector * itemsize * sizes.layers)
-    assert reports[0].dense == (method != "quest") and reports[1].dense == (method == "dense")
-    active = 3 if method == "losa" else sizes.block
-    assert all(report.active_rows == active for report in reports[1:])
+        assert report.dense_bytes == 2 * PROMPT * sizes.layers * vector * itemsize
+    case, pages = CASES[method], -(-PROMPT // sizes.page)
+    vectors = {"nothing": 0, "summaries": 2 * pages, "keys": PROMPT}
+    for kind, some in ((case.first, reports[:1]), (case.later, reports[1:])):
+        if kind is not None:
+            want = vectors[kind] * vector * itemsize * sizes.layers
+            assert all(report.metadata_bytes == want for report in some)
+    assert reports[0].dense == case.opens_dense and reports[-1].dense == (method == "dense")
+    if case.active is not None:
+        active = sizes.block if case.active == ALL else case.active
+        assert all(report.active_rows == active for report in reports[1:])
     small = run(sizes, params(method), prompt=16)[1].report
-    assert small is not None and small.bypassed == (method != "dense") and small.metadata_bytes == 0
+    assert small is not None and small.bypassed == method_class(method).has_budget and small.metadata_bytes == 0

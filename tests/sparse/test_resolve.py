@@ -11,20 +11,21 @@ from losa_runtime.core.batch import ActiveRule, SparseParams
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import ConfigError, InvalidRequest
 from losa_runtime.core.sampling_params import DiffusionParams
-from losa_runtime.sparse.method import (
-    METHODS,
-    Geometry,
-    SparseMethod,
-    default_active_tokens,
-    method_class,
-    resolve,
-)
+from losa_runtime.sparse.memory import Geometry
+from losa_runtime.sparse.method import METHODS, SparseMethod, method_class
+from losa_runtime.sparse.resolve import default_active_tokens, resolve
 
-GEOMETRY = Geometry(2, 4, 2, 8, block_length=16, page_size=16, max_slots=4, device=torch.device("cpu"))
+GEOMETRY = Geometry(
+    2, 4, 2, 8, block_length=16, page_size=16, max_slots=4, context_length=4096, device=torch.device("cpu")
+)
 
 
 def settled(wanted: dict[str, Any] | None = None, **config: Any) -> SparseParams:
     return resolve(DiffusionParams(**(wanted or {})), EngineConfig.parse(model="m", **config), GEOMETRY)
+
+
+def sparse(method: str, budget: int, active: ActiveRule) -> SparseParams:
+    return SparseParams(method, budget, active, method_class(method).Options(), 16)
 
 
 def test_table_names_lead_to_methods_of_this_package() -> None:
@@ -38,10 +39,12 @@ def test_default_active_tokens(block: int, count: int) -> None:
 
 
 def test_defaults_and_precedence() -> None:
-    assert settled() == SparseParams("dense", 1024, ActiveRule("ratio", 1.0))
-    assert settled({"sparse_method": "losa"}) == SparseParams("losa", 1024, ActiveRule("count", 5))
+    assert settled() == sparse("dense", 1024, ActiveRule("ratio", 1.0))
+    assert settled({"sparse_method": "losa"}) == sparse("losa", 1024, ActiveRule("count", 5))
+    assert settled({"denoising_steps": 4}, denoising_steps=8).planned_steps == 4
+    assert settled(denoising_steps=8).planned_steps == 8
     assert settled({"sparse_method": "quest", "token_budget": 64}).token_budget == 64
-    assert settled(sparse_method="losa", active_ratio=0.5, token_budget=32) == SparseParams(
+    assert settled(sparse_method="losa", active_ratio=0.5, token_budget=32) == sparse(
         "losa", 32, ActiveRule("ratio", 0.5)
     )
     assert settled({"active_tau": 0.5}, sparse_method="losa", active_tokens=3).active == ActiveRule("tau", 0.5)

@@ -51,6 +51,35 @@ def union_rows(chosen_RGP: Tensor, segment_R: Tensor, segments: int) -> Tensor:
     return votes.index_add_(0, segment_R, chosen_RGP.to(torch.int32)) > 0
 
 
+def key_mass(
+    q_RHD: Tensor,
+    lse_RH: Tensor,
+    keys_GND: Tensor,
+    scale: float,
+    granule: int = 1,
+    over_rows: Literal["mean", "max"] = "mean",
+) -> Tensor:
+    """Softmax mass of the granules of N keys per query head, mean or maximum over the rows: float32 [H, n].
+
+    exp(scale q . k - lse), summed over the keys of a granule; n = ceil(N / granule). lse_RH: natural; -inf gives no
+    mass.
+    """
+    rows, heads, dim = q_RHD.shape
+    groups, length = keys_GND.shape[:2]
+    mass_Hn = []
+    for group in range(groups):
+        mine = slice(group * heads // groups, (group + 1) * heads // groups)
+        logits_RFN = (q_RHD[:, mine].float().reshape(-1, dim) @ keys_GND[group].float().T * scale).view(
+            rows, -1, length
+        )
+        lse_RF1 = lse_RH[:, mine, None]
+        mass_RFN = torch.exp(logits_RFN - lse_RF1.masked_fill(lse_RF1 == -torch.inf, torch.inf))
+        padded = torch.nn.functional.pad(mass_RFN, (0, -length % granule))
+        mass_RFn = padded.view(*padded.shape[:2], -1, granule).sum(-1)
+        mass_Hn.append(mass_RFn.mean(0) if over_rows == "mean" else mass_RFn.amax(0))
+    return torch.cat(mass_Hn)
+
+
 def query_change(now_SBHD: Tensor, before_SBHD: Tensor) -> Tensor:
     """Mean squared difference of each token's query over all heads and channels: float32 [S, B].
 

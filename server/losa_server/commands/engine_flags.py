@@ -62,6 +62,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     _add(rule, "--active-tokens", type=int, metavar="N", help="LoSA: rows recomputed per step, by count")
     _add(rule, "--active-ratio", type=float, metavar="F", help="LoSA: the same as a share of the block")
     _add(rule, "--active-tau", type=float, metavar="F", help="LoSA: the same as a share of the total change")
+    _add(
+        sparse,
+        "--sparse-options",
+        type=_json_object,
+        metavar="JSON",
+        help="further options of the method, e.g. '{\"dense_layers\": 2}'",
+    )
 
     decoding = parser.add_argument_group("decoding (defaults; a request may choose otherwise in custom_params)")
     _add(decoding, "--algorithm", metavar="NAME", help="decoding algorithm")

@@ -46,6 +46,12 @@ def _meta_info(generation: Generation) -> dict[str, Any]:
         "kv_density": stats.kv_density,
         "kv_density_q": stats.kv_density_q,
         "active_share": stats.active_share,
+        "active_overlap": stats.active_overlap,
+        "kv_bytes": stats.kv_bytes,
+        "metadata_bytes": stats.metadata_bytes,
+        "dense_bytes": stats.dense_bytes,
+        "bytes_ratio": stats.bytes_ratio,
+        "block_bytes_ratio": stats.block_bytes_ratio,
     }
     if generation.seconds is not None:
         meta["e2e_latency"] = generation.seconds

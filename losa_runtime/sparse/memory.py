@@ -1,0 +1,145 @@
+"""What methods remember between the steps of a block: prefix attention and queries per row, lists per slot.
+
+State is indexed by layer and slot, begins with a block's first step and ends with `close`. A slot belongs to one
+request, hence to one method at a time, so all methods share one `BlockMemory`. Knows no rule of any method.
+X slots, B block length, H query heads, D head dim, E lists per slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from losa_runtime.attention.backend import AttnState, KVIndices
+from losa_runtime.sparse.step import DenoiseStep
+
+
+class Geometry(NamedTuple):
+    """The fixed sizes a method works with. max_slots: requests that may hold method state at once.
+
+    context_length: most tokens of a request.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_length: int
+    page_size: int
+    max_slots: int
+    context_length: int
+    device: torch.device
+
+
+class RowStates:
+    """A prefix attention state per layer, slot and row: out [layers, X * B, H, D], lse without D, both float32.
+
+    Allocated when it is first written.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._tensors: tuple[Tensor, Tensor] | None = None
+
+    def write(self, layer: int, place: Tensor, state: AttnState) -> None:
+        """Remember the states of the rows at `place` (see DenoiseStep.place_R)."""
+        if self._tensors is None:
+            shape = state_shape(self._geometry)
+            device = self._geometry.device
+            self._tensors = (torch.zeros(shape, device=device), torch.zeros(shape[:-1], device=device))
+        for kept, fresh in zip(self._tensors, state, strict=True):
+            kept[layer].index_copy_(0, place, fresh)
+
+    def read(self, layer: int, place: Tensor) -> AttnState:
+        """The states of the rows at `place`."""
+        assert self._tensors is not None, "nothing was ever written"
+        return AttnState(*(kept[layer].index_select(0, place) for kept in self._tensors))
+
+    @staticmethod
+    def bytes(geometry: Geometry) -> int:
+        """Memory when allocated."""
+        layers, rows, heads, dim = state_shape(geometry)
+        return layers * rows * heads * (dim + 1) * 4
+
+
+class BlockMemory:
+    """Per layer, slot and row of the current block: prefix attention, and a query in the model's dtype."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.prefix = RowStates(geometry)
+        self._query: Tensor | None = None
+        self._open: set[tuple[int, int]] = set()
+
+    def query(self, layer: int, like: Tensor) -> Tensor:
+        """Remembered queries [X, B, H, D], a view to be written to; allocated on first use, in the dtype of `like`."""
+        g = self.geometry
+        if self._query is None:
+            self._query = torch.zeros(state_shape(g), dtype=like.dtype, device=like.device)
+        return self._query[layer].view(g.max_slots, g.block_length, g.num_heads, g.head_dim)
+
+    def begin(self, layer: int, step: DenoiseStep) -> None:
+        """Note which slots have opened their block, and insist that the others did before."""
+        self._open.update((layer, slot) for slot, first in zip(step.slots, step.opens, strict=True) if first)
+        unknown = [slot for slot in step.slots if (layer, slot) not in self._open]
+        assert not unknown, f"slots {unknown} are read in layer {layer} without an opening step"
+
+    def renew(self, layer: int, rows: Tensor | None, got: AttnState, step: DenoiseStep) -> AttnState:
+        """Replace the states of `rows` (None: all) of the step's group and return those of all its rows."""
+        place_R = step.place_R
+        self.prefix.write(layer, place_R if rows is None else place_R[rows], got)
+        return got if rows is None else self.prefix.read(layer, place_R)
+
+    def close(self, slot: int) -> None:
+        """Forget a slot: reading it again needs an opening step first."""
+        self._open -= {(layer, slot) for layer in range(self.geometry.num_layers)}
+
+    @staticmethod
+    def bytes(geometry: Geometry, itemsize: int) -> int:
+        """Memory when allocated; itemsize: bytes of a query's number."""
+        layers, rows, heads, dim = state_shape(geometry)
+        return RowStates.bytes(geometry) + layers * rows * heads * dim * itemsize
+
+
+class HeldLists:
+    """Granules that a block keeps reading, E lists (one per KV head or query head) per layer and slot.
+
+    Takes 8 bytes per granule and list: at most 1/32 of the listed K/V themselves for head dim 64 in 16 bits.
+    """
+
+    def __init__(self) -> None:
+        self._lists: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def put(self, layer: int, slot: int, chosen_EN: Tensor) -> None:
+        """Hold the granules marked in a bool mask."""
+        self._lists[layer, slot] = (chosen_EN.sum(-1), chosen_EN.nonzero()[:, -1])
+
+    def lists(self, layer: int, slots: Sequence[int], whole: tuple[bool, ...]) -> KVIndices:
+        """The lists of these slots; empty for those in `whole`, which read everything."""
+        held = [None if all_ else self._get(layer, slot) for slot, all_ in zip(slots, whole, strict=True)]
+        like = next(entry for entry in held if entry is not None)
+        heads = like[0].shape[0]
+        nothing = (torch.zeros_like(like[0]), like[1][:0])
+        found = [nothing if entry is None else entry for entry in held]
+        ends = torch.cat([sizes for sizes, _ in found]).cumsum(0)
+        indptr = torch.cat((ends.new_zeros(1), ends))
+        return KVIndices(indptr, torch.cat([indices for _, indices in found]), heads, whole)
+
+    def close(self, slot: int) -> None:
+        """Forget a slot."""
+        for key in [key for key in self._lists if key[1] == slot]:
+            del self._lists[key]
+
+    def _get(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
+        found = self._lists.get((layer, slot))
+        assert found is not None, f"slots [{slot}] are read in layer {layer} without an opening step"
+        return found
+
+
+def state_shape(geometry: Geometry) -> tuple[int, int, int, int]:
+    """[layers, X * B, H, D] of remembered outputs: B (D + 1) numbers per head and slot with the log-sum-exp."""
+    g = geometry
+    return g.num_layers, g.max_slots * g.block_length, g.num_heads, g.head_dim

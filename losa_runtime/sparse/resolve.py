@@ -1,0 +1,132 @@
+"""From wishes to settled sparse parameters: a request's own, else the engine's defaults, else the documented ones."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from losa_runtime.core.batch import ActiveRule, SparseParams
+from losa_runtime.core.config import EngineConfig
+from losa_runtime.core.errors import ConfigError, InvalidRequest, invalid_request
+from losa_runtime.core.sampling_params import DiffusionParams
+from losa_runtime.sparse.memory import Geometry
+from losa_runtime.sparse.method import METHODS, MethodOptions, SparseMethod, method_class
+
+ALL_ROWS = ActiveRule("ratio", 1.0)
+DEFAULT_BUDGET = 1024  # tokens; the largest budget in LoSA's tables
+
+
+def default_active_tokens(block_length: int) -> int:
+    """5 of 16 rows, scaled: the size that fits the densities published for LoSA at block length 16."""
+    return max(1, round(5 / 16 * block_length))
+
+
+def resolve(wanted: DiffusionParams, config: EngineConfig, geometry: Geometry) -> SparseParams:
+    """Settle a request's sparse parameters.
+
+    The engine's defaults are checked on every call, so resolve(DiffusionParams(), …) at start proves them.
+    Raises InvalidRequest for what the request asked, ConfigError for what the configuration says.
+    """
+    _check_name(config.sparse_method, None)
+    if config.token_budget is not None:
+        _check_budget(config.token_budget, geometry, None)
+    _active_rule(config, geometry.block_length, None)
+    defaults = _options(method_class(config.sparse_method), config.sparse_method, config.sparse_options, None)
+    name = config.sparse_method if wanted.sparse_method is None else wanted.sparse_method
+    _check_name(name, wanted)
+    method = method_class(name)
+    given = wanted.sparse_options or {}
+    if name == config.sparse_method:
+        given = defaults.model_dump(exclude_unset=True) | given
+    params = SparseParams(
+        method=name,
+        token_budget=_budget(method, name, wanted, config, geometry),
+        active=_rule(method, name, wanted, config, geometry.block_length),
+        options=_options(method, name, given, wanted),
+        planned_steps=wanted.denoising_steps or config.denoising_steps or geometry.block_length,
+    )
+    method.check(params, geometry)
+    return params
+
+
+def _refusal(source: DiffusionParams | None, field: str, found: object, allowed: str) -> InvalidRequest | ConfigError:
+    """An answer to whoever gave the value: the request, or (None) the engine's configuration."""
+    if source is None:
+        return ConfigError(f"{field}: found {found!r}, allowed: {allowed}")
+    return InvalidRequest(f"custom_params.{field}", found, allowed)
+
+
+def _check_name(name: str, source: DiffusionParams | None) -> None:
+    if name not in METHODS:
+        raise _refusal(source, "sparse_method", name, ", ".join(METHODS))
+
+
+def _budget(
+    method: type[SparseMethod], name: str, wanted: DiffusionParams, config: EngineConfig, geometry: Geometry
+) -> int:
+    if wanted.token_budget is not None:
+        if not method.has_budget:
+            raise _refusal(wanted, "token_budget", wanted.token_budget, f"absent: {name!r} selects nothing")
+        _check_budget(wanted.token_budget, geometry, wanted)
+        return wanted.token_budget
+    if config.token_budget is not None:
+        return config.token_budget
+    page = geometry.page_size
+    return max(page, min(DEFAULT_BUDGET, geometry.context_length) // page * page)
+
+
+def _check_budget(budget: int, geometry: Geometry, source: DiffusionParams | None) -> None:
+    """Selection works in whole pages; rounding silently would make two budgets one."""
+    page, most = geometry.page_size, max(geometry.page_size, geometry.context_length)
+    if budget > most:
+        raise _refusal(source, "token_budget", budget, f"at most the context length {most}")
+    if budget > 0 and budget % page == 0:
+        return
+    below = max(budget, 0) // page * page
+    near = f"{below} or {below + page}" if below else f"{page}"
+    raise _refusal(source, "token_budget", budget, f"a positive multiple of the page size {page}, e.g. {near}")
+
+
+def _options(
+    method: type[SparseMethod], name: str, given: dict[str, bool | int | float | str], source: DiffusionParams | None
+) -> MethodOptions:
+    """The method's options; unknown ones and values out of range are refused by name."""
+    try:
+        return method.Options.model_validate(given)
+    except ValidationError as error:
+        problem = invalid_request("sparse_options", error)
+        allowed = problem.allowed
+        if allowed == "a known key":
+            known = ", ".join(method.Options.model_fields)
+            allowed = f"an option of {name!r}: {known}" if known else f"absent: {name!r} has no options"
+        raise _refusal(source, problem.field, problem.found, allowed) from None
+
+
+def _rule(
+    method: type[SparseMethod], name: str, wanted: DiffusionParams, config: EngineConfig, block_length: int
+) -> ActiveRule:
+    asked = _active_rule(wanted, block_length, wanted)
+    if method.has_active_rows:
+        default = ActiveRule("count", default_active_tokens(block_length))
+        return asked or _active_rule(config, block_length, None) or default
+    if asked is not None:
+        field = f"active_{'tokens' if asked.kind == 'count' else asked.kind}"
+        raise _refusal(wanted, field, asked.value, f"absent: {name!r} has no rule about active rows")
+    return ALL_ROWS
+
+
+def _active_rule(
+    given: DiffusionParams | EngineConfig, block_length: int, source: DiffusionParams | None
+) -> ActiveRule | None:
+    """The rule that is set, at most one of three."""
+    values = {"count": given.active_tokens, "ratio": given.active_ratio, "tau": given.active_tau}
+    rules = [(kind, value) for kind, value in values.items() if value is not None]
+    if len(rules) > 1:
+        names = "active_tokens, active_ratio, active_tau"
+        raise _refusal(source, names, [value for _, value in rules], "at most one of the three")
+    if given.active_tokens is not None and given.active_tokens > block_length:
+        raise _refusal(source, "active_tokens", given.active_tokens, f"at most the block length {block_length}")
+    for kind in ("count", "ratio", "tau"):
+        value = values[kind]
+        if value is not None:
+            return ActiveRule(kind, float(value))
+    return None

@@ -144,6 +144,22 @@ void scores(const float* q, int rows, int share, int depth, const Keys& keys, fl
   }
 }
 
+void mass(const float* q, const float* lse, int rows, const Keys& keys, const Tiles& tiles) {
+  const int columns = whole_vectors(keys.count), stride = stride_of(keys.dim);
+  turn_tile(keys.k, keys.dtype, keys.dim, keys.where, keys.count, tiles.keys, tiles.turned);
+  in_pieces(rows, kDown, [&](int first, auto down) {
+    dots_of_rows<down.value>(q + first * stride, stride, keys.dim, columns, tiles, tiles.weights + first * kKeys);
+  });
+  for (int r = 0; r < rows; ++r) {
+    const V shift = splat(lse[r] == kMinusInfinity ? -kMinusInfinity : lse[r]);
+    for (int i = 0; i < columns; i += W) {
+      float* at = tiles.weights + r * kKeys + i;
+      const V x = load(at) - shift;
+      store(at, x > splat(88.0f) ? splat(-kMinusInfinity) : exponential(x));
+    }
+  }
+}
+
 // A float's place in the order of all floats as a number; both zeros are equal and NaN is the largest.
 inline int32_t rank_of(float x) {
   const int32_t bits = (int32_t)to_bits(x + 0.0f);
@@ -239,6 +255,6 @@ void bounds(const void* keys, int dtype, int dim, int count, void* top, void* bo
 
 namespace losa {
 
-extern const Level LOSA_LEVEL_TABLE = {attend, add, finish, scores, mark_best, distance, copy, bounds, merge};
+extern const Level LOSA_LEVEL_TABLE = {attend, add, finish, scores, mass, mark_best, distance, copy, bounds, merge};
 
 }  // namespace losa

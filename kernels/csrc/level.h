@@ -58,6 +58,9 @@ struct Level {
   // Scores of `rows` queries [rows, stride_of(depth)] against up to kKeys vectors of `depth` at keys.where:
   // the largest of every `share` rows goes to out[row / share][0 .. keys.count).
   void (*scores)(const float* q, int rows, int share, int depth, const Keys&, float* const* out, const Tiles&);
+  // Softmax masses e^(q . k - lse) of `rows` queries [rows, stride] against up to kKeys keys, to tiles.weights; what
+  // lies behind keys.count there means nothing. lse -inf: none.
+  void (*mass)(const float* q, const float* lse, int rows, const Keys&, const Tiles&);
   // Marks the `best` largest of n scores, of equal ones the first; NaN counts as the largest. Overwrites the scores.
   void (*mark_best)(float* scores, int64_t n, int64_t best, uint8_t* marked);
   // Sum of squared differences of two vectors.

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define LOSA_ABI 1
+#define LOSA_ABI 2
 #define LOSA_API __attribute__((visibility("default")))
 
 enum LosaDType { LOSA_F32 = 0, LOSA_BF16 = 1, LOSA_F16 = 2 };
@@ -92,6 +92,12 @@ LOSA_API int losa_page_scores(LosaRun*, const LosaPool*, const LosaGroup*, const
 // indptr [S * G + 1], indices [capacity]: sum over segments of G * min(pages, rows * best) is enough. seen [S]: rows.
 LOSA_API int losa_select_pages(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, const uint8_t* whole,
                                const int64_t* best, int64_t capacity, int64_t* indptr, int64_t* indices, int64_t* seen);
+
+// Softmax mass of the granules of each prefix, [S, H, width], 0 behind a segment's last one: e^(scale q . k - lse)
+// summed over the keys of a granule, then over all rows of the segment: their mean, or with `largest` their maximum.
+// lse [R, H]; -inf gives no mass.
+LOSA_API int losa_prefix_mass(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, const float* lse,
+                              int64_t granule, int32_t largest, int64_t width, float* mass);
 
 // Which rows changed: rows [S * B] receives the sorted active rows and *count their number. now [S, B, width] and
 // before [slots, B, width] have one dtype; segment s compares with before[slot[s]], which then becomes now.

@@ -108,7 +108,7 @@ inline float sum_of(V v) {
   return part[0];
 }
 
-// e^x for x <= 0, exactly 0 below -87.3 and exactly 1 at 0; NaN stays NaN. e^x = 2^n e^r with n = round(x / ln 2);
+// e^x for x <= 88, exactly 0 below -87.3 and exactly 1 at 0; NaN stays NaN. e^x = 2^n e^r with n = round(x / ln 2);
 // e^r by Taylor's series to the 7th power: |r| <= ln 2 / 2 leaves a relative error of 5e-9 before rounding.
 inline V exponential(V x) {
   const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer and leaves it in the low bits

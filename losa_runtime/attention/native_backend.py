@@ -8,12 +8,13 @@ R rows, S segments, H query heads, G KV heads, D head dim, X slots.
 from __future__ import annotations
 
 import os
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from losa_kernels.native import attention, selection, store
+from losa_kernels.native import attention, mass, selection, store
 from losa_kernels.native.layout import Pages, Segments
 from losa_kernels.native.library import DTYPES, MAX_HEAD_DIM, Kernels, NativeUnavailable
 from losa_runtime.attention.backend import (
@@ -122,6 +123,19 @@ class NativeBackend(AttentionBackend):
             return super().changed_rows(q_SBHD, before_XBHD, slots_S, fresh, count_S, tau_S, keep_stable)
         now_RHD = q_SBHD.flatten(0, 1).contiguous()
         return selection.changed_rows(self._kernels, now_RHD, before_XBHD, slots_S, fresh, count_S, tau_S)
+
+    def prefix_mass(
+        self,
+        layer: int,
+        q_RHD: Tensor,
+        lse_RH: Tensor,
+        granule: int,
+        group: RowGroup,
+        over_rows: Literal["mean", "max"] = "mean",
+    ) -> Tensor:
+        rows = (_floats(q_RHD), lse_RH.contiguous())
+        where = (self._layers[layer], self._tables(group))
+        return mass.prefix_mass(self._kernels, *where, *rows, self.scale, granule, over_rows)
 
     def _pages(self, layer: int) -> Pages:
         kept = Summary.KEY_BOUNDS in self.pool.summaries

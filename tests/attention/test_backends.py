@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -258,3 +259,24 @@ def test_refusals_name_the_reason() -> None:
     with pytest.raises(ConfigError, match="found 'fast', allowed: native, torch"):
         make_backend("fast", config._replace(page_size=8), pool)
     assert TorchBackend.supports(config._replace(page_size=16)) is None
+
+
+@pytest.mark.parametrize("granule", [PAGE, 3, 64])
+@pytest.mark.parametrize("over", ["mean", "max"])
+def test_mass_of_granules(make: Make, granule: int, over: Literal["mean", "max"]) -> None:
+    """Against a softmax of the gathered keys; a request without a prefix has none."""
+    backend = make()
+    group, q = three_requests(backend), torch.randn(3 * B, H, D)
+    lse = backend.prefix(0, q, PrefixPlan(), group).lse_RH
+    got = backend.prefix_mass(0, q, lse, granule, group, over)
+    assert got.shape == (3, H, -(-48 // granule)) and not got[1].any()
+    for index in (0, 2):
+        keys = backend.prefix_keys(0, group.segments[index]).repeat_interleave(H // G, dim=0)
+        logits = torch.einsum("rhd,hnd->rhn", q[index * B : (index + 1) * B], keys) * SCALE
+        weights = logits.softmax(-1).split(granule, dim=-1)
+        parts = torch.stack([part.sum(-1) for part in weights], dim=-1)
+        want = parts.mean(0) if over == "mean" else parts.amax(0)
+        torch.testing.assert_close(got[index, :, : want.shape[1]], want, rtol=1e-5, atol=1e-6)
+        assert not got[index, :, want.shape[1] :].any()
+    if over == "mean":
+        torch.testing.assert_close(got[[0, 2]].sum(-1), torch.ones(2, H))

@@ -15,6 +15,7 @@ from torch import Tensor
 from losa_kernels.native import attention, selection
 from losa_kernels.native.layout import Pages, Segments
 from losa_kernels.native.library import LEVELS, Kernels, NativeUnavailable
+from losa_kernels.native.mass import prefix_mass
 from losa_kernels.native.store import store
 from tests.kernels.native import World, make_world, require_native, segments_of
 
@@ -55,6 +56,11 @@ CASES: dict[str, tuple[Callable[[World], object], str]] = {
     "lists of too few heads": (lambda w: prefix(w, lists=lists(ints(0, 0, 0), ints(), 1)), "lists for 1 heads"),
     "best of nothing": (lambda w: select(w, ints(0, 1)), "best: found 0"),
     "best of the wrong shape": (lambda w: select(w, ints(1)), "best: found shape"),
+    "mass of nothing": (lambda w: massed(w, 0), "granule: found 0"),
+    "mass of other rows": (lambda w: massed(w, q=w.q[1:].contiguous()), "rows: found 15"),
+    "mass of a page behind the pool": (lambda w: massed(w, segments=tables(w, ints(0, 1, 99), ints(2))), "page 99"),
+    "mass without a log-sum-exp": (lambda w: massed(w, lse=torch.zeros(16, 3)), "lse: found shape"),
+    "mass of heads that cannot share": (lambda w: massed(w, q=w.q[:, :3].contiguous()), "3 query heads cannot share 2"),
     "location behind the pool": (lambda w: keep(w, ints(16 * 99)), "locations: found 1584"),
     "negative location": (lambda w: keep(w, ints(-1)), "locations: found -1"),
     "too few locations": (lambda w: keep(w, ints()), "locations: found shape"),
@@ -82,6 +88,12 @@ def without_bounds(world: World) -> World:
 
 def select(world: World, best: Tensor) -> None:
     selection.select_pages(require_native(), world.pages, world.segments, world.q, None, [False, False], best)
+
+
+def massed(world: World, granule: int = 16, **changed: Any) -> None:
+    given: dict[str, Any] = {"q": world.q, "segments": world.segments} | changed
+    lse = given.get("lse", torch.zeros(given["q"].shape[:2]))
+    prefix_mass(require_native(), world.pages, given["segments"], given["q"], lse, 1.0, granule)
 
 
 def keep(world: World, locations: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-ABI = 1
+ABI = 2
 LEVELS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_HEAD_DIM = 512
@@ -93,6 +93,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "losa_merge": (_RUN, c_int64, c_int32, *(c_void_p,) * 5),
     "losa_page_scores": (_RUN, _POOL, _GROUP, _QUERY, c_int64, c_void_p),
     "losa_select_pages": (_RUN, _POOL, _GROUP, _QUERY, c_void_p, c_void_p, c_int64, *(c_void_p,) * 3),
+    "losa_prefix_mass": (_RUN, _POOL, _GROUP, _QUERY, c_void_p, c_int64, c_int32, c_int64, c_void_p),
     "losa_changed_rows": (_RUN, c_void_p, c_void_p, c_int32, *(c_int64,) * 4, *(c_void_p,) * 6),
     "losa_store": (_RUN, _POOL, c_void_p, c_void_p, c_int32, c_void_p, c_int64),
 }

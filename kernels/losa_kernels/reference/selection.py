@@ -70,12 +70,12 @@ def key_mass(
     for group in range(groups):
         mine = slice(group * heads // groups, (group + 1) * heads // groups)
         logits_RFN = (q_RHD[:, mine].float().reshape(-1, dim) @ keys_GND[group].float().T * scale).view(
-            rows, -1, length
+            rows, heads // groups, length
         )
         lse_RF1 = lse_RH[:, mine, None]
         mass_RFN = torch.exp(logits_RFN - lse_RF1.masked_fill(lse_RF1 == -torch.inf, torch.inf))
         padded = torch.nn.functional.pad(mass_RFN, (0, -length % granule))
-        mass_RFn = padded.view(*padded.shape[:2], -1, granule).sum(-1)
+        mass_RFn = padded.unflatten(2, (padded.shape[2] // granule, granule)).sum(-1)
         mass_Hn.append(mass_RFn.mean(0) if over_rows == "mean" else mass_RFn.amax(0))
     return torch.cat(mass_Hn)
 

@@ -23,6 +23,8 @@ METHODS: dict[str, str] = {
     "dense": "losa_runtime.sparse.dense:Dense",
     "quest": "losa_runtime.sparse.quest:Quest",
     "losa": "losa_runtime.sparse.losa:Losa",
+    "mage": "losa_runtime.sparse.mage:Mage",
+    "sparsed": "losa_runtime.sparse.sparsed:SparseD",
 }
 
 

@@ -166,11 +166,14 @@ def test_7_reports_what_was_read(sizes: Sizes, method: str) -> None:
         assert report.dense_bytes == 2 * PROMPT * sizes.layers * vector * itemsize
     case, pages = CASES[method], -(-PROMPT // sizes.page)
     vectors = {"nothing": 0, "summaries": 2 * pages, "keys": PROMPT}
-    for kind, some in ((case.first, reports[:1]), (case.later, reports[1:])):
+    chosen = case.opening - 1
+    parts = (("nothing", reports[:chosen]), (case.first, [reports[chosen]]), (case.later, reports[chosen + 1 :]))
+    for kind, some in parts:
         if kind is not None:
             want = vectors[kind] * vector * itemsize * sizes.layers
             assert all(report.metadata_bytes == want for report in some)
-    assert reports[0].dense == case.opens_dense and reports[-1].dense == (method == "dense")
+    assert all(report.dense == case.opens_dense for report in reports[: case.opening])
+    assert reports[-1].dense == (method == "dense")
     if case.active is not None:
         active = sizes.block if case.active == ALL else case.active
         assert all(report.active_rows == active for report in reports[1:])

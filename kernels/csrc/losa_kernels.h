@@ -13,10 +13,11 @@
 extern "C" {
 #endif
 
-#define LOSA_ABI 2
+#define LOSA_ABI 3
 #define LOSA_API __attribute__((visibility("default")))
 
 enum LosaDType { LOSA_F32 = 0, LOSA_BF16 = 1, LOSA_F16 = 2 };
+enum LosaShare { LOSA_MAX = 0, LOSA_MEAN = 1, LOSA_NONE = 2 };
 enum LosaLevel { LOSA_PORTABLE = 0, LOSA_AVX2 = 1, LOSA_AVX512 = 2 };
 
 typedef struct {
@@ -87,11 +88,14 @@ LOSA_API int losa_merge(LosaRun*, int64_t n, int32_t dim, const float* out_a, co
 LOSA_API int losa_page_scores(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, int64_t width,
                               float* scores);
 
-// Best pages of each computed row and KV head (largest bound of its query heads, ties to the lowest page), their union
-// per segment and KV head as CSR lists. best [S]: pages per row. whole [S]: 1 = not scored, empty lists.
-// indptr [S * G + 1], indices [capacity]: sum over segments of G * min(pages, rows * best) is enough. seen [S]: rows.
+// Best pages of each computed row (largest bounds, ties to the lowest page) as CSR lists. share: LOSA_MAX or LOSA_MEAN
+// over its query heads = a list per KV head, LOSA_NONE = per query head. Lists are ordered by owner, then head; owners
+// are segments, which get the union of their rows' pages, or with per_row the computed rows. active [count, H]: 1 = the
+// head takes part, a list without any is empty; null: all do. best [S]: pages per row. whole [S]: 1 = not scored, empty
+// lists. indptr [owners * lists + 1], indices [capacity]: the most that the lists can hold is checked. seen [S]: rows.
 LOSA_API int losa_select_pages(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, const uint8_t* whole,
-                               const int64_t* best, int64_t capacity, int64_t* indptr, int64_t* indices, int64_t* seen);
+                               const int64_t* best, int32_t share, int32_t per_row, const uint8_t* active,
+                               int64_t capacity, int64_t* indptr, int64_t* indices, int64_t* seen);
 
 // Softmax mass of the granules of each prefix, [S, H, width], 0 behind a segment's last one: e^(scale q . k - lse)
 // summed over the keys of a granule, then over all rows of the segment: their mean, or with `largest` their maximum.
@@ -99,14 +103,15 @@ LOSA_API int losa_select_pages(LosaRun*, const LosaPool*, const LosaGroup*, cons
 LOSA_API int losa_prefix_mass(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, const float* lse,
                               int64_t granule, int32_t largest, int64_t width, float* mass);
 
-// Which rows changed: rows [S * B] receives the sorted active rows and *count their number. now [S, B, width] and
-// before [slots, B, width] have one dtype; segment s compares with before[slot[s]], which then becomes now.
-// fresh [S]: 1 = nothing to compare with, all rows. keep [S]: the most changed rows; share [S]: or those before which
-// less than this share of the change lies. 0 switches a rule off.
+// Which rows changed. now [S, B, parts, width] and before [slots, B, parts, width] have one dtype; segment s compares
+// with before[slot[s]], which then becomes now (with keep_stable only where active). Each part is judged by itself
+// among the rows of its segment. fresh [S]: 1 = nothing to compare with, all rows. keep [S]: the most changed rows;
+// share [S]: or those before which less than this share of the change lies. 0 switches a rule off. active [S, B, parts]
+// is the answer; rows [S * B] receives the sorted rows with an active part and *count their number.
 LOSA_API int losa_changed_rows(LosaRun*, const void* now, void* before, int32_t dtype, int64_t segments,
-                               int64_t block_length, int64_t width, int64_t slots, const int64_t* slot,
-                               const uint8_t* fresh, const int64_t* keep, const float* share, int64_t* rows,
-                               int64_t* count);
+                               int64_t block_length, int64_t parts, int64_t width, int64_t slots, const int64_t* slot,
+                               const uint8_t* fresh, const int64_t* keep, const float* share, int32_t keep_stable,
+                               uint8_t* active, int64_t* rows, int64_t* count);
 
 // Write k, v [count, G, D] of `dtype` at page * page_size + offset and renew the bounds of the touched pages.
 LOSA_API int losa_store(LosaRun*, const LosaPool*, const void* k, const void* v, int32_t dtype,

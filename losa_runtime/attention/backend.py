@@ -61,11 +61,11 @@ class KVIndices(NamedTuple):
     per_row: bool = False
 
     @classmethod
-    def from_mask(cls, chosen_SGP: Tensor, whole: tuple[bool, ...]) -> KVIndices:
-        """Lists per segment and head from a bool mask; rows of the mask for whole segments are empty."""
-        ends = chosen_SGP.sum(-1).flatten().cumsum(0)
+    def from_mask(cls, chosen_OEP: Tensor, whole: tuple[bool, ...], per_row: bool = False) -> KVIndices:
+        """Lists per owner and head from a bool mask; the mask of whole segments is empty."""
+        ends = chosen_OEP.sum(-1).flatten().cumsum(0)
         indptr = torch.cat((ends.new_zeros(1), ends))
-        return cls(indptr, chosen_SGP.nonzero()[:, -1], chosen_SGP.shape[1], whole)
+        return cls(indptr, chosen_OEP.nonzero()[:, -1], chosen_OEP.shape[1], whole, per_row)
 
 
 class PrefixPlan(NamedTuple):
@@ -124,6 +124,17 @@ class RowGroup:
     def put(self, into_T: Tensor, x_R: Tensor) -> None:
         """Write the group's rows into a tensor over the batch, rounding to its dtype."""
         into_T[self.where] = x_R.to(into_T.dtype)
+
+
+class PageChoice(NamedTuple):
+    """How the rows of a segment choose pages.
+
+    share: "max", "mean" = one list per KV head, by the largest or the mean score of its query heads; "none" = a list
+    per query head. per_row: each row keeps its own list; otherwise all rows of a segment share the union of theirs.
+    """
+
+    share: selection.Share = "max"
+    per_row: bool = False
 
 
 class SelectedPages(NamedTuple):
@@ -255,27 +266,38 @@ class AttentionBackend(ABC):
         whole: tuple[bool, ...],
         best_S: Tensor,
         group: RowGroup,
+        choice: PageChoice = PageChoice(),  # noqa: B008 - immutable
+        heads_nH: Tensor | None = None,
     ) -> SelectedPages:
-        """The union, per segment and KV head, of the best_S[s] pages with the best bounds of each row (None: all).
+        """The best_S[s] pages with the best bounds of each of the n rows (None: all), in the lists that `choice` says.
 
-        The score of a page for a KV head is the largest among its query heads, so that one list serves the group.
+        heads_nH: bool, the query heads of each row that take part (None: all); a list without any stays empty.
         Segments in `whole` are not scored. Ties go to the lowest page.
         """
-        kv_heads, segments, page_size = self.pool.num_kv_heads, len(whole), self.pool.page_size
-        scored = torch.arange(q_RHD.shape[0], device=q_RHD.device) if rows is None else rows
-        if any(whole):
-            skipped = torch.tensor(whole, device=q_RHD.device)
-            scored = scored[~skipped[scored // group.block_length]]
-        segment_R = scored // group.block_length
+        kv_heads, segments = self.pool.num_kv_heads, len(whole)
+        planned_n = torch.arange(q_RHD.shape[0], device=q_RHD.device) if rows is None else rows
+        segment_n = planned_n // group.block_length
+        scored_n = ~torch.tensor(whole, device=q_RHD.device)[segment_n]
+        scored, segment_R = planned_n[scored_n], segment_n[scored_n]
         if scored.shape[0] == 0:
-            nothing = torch.zeros(segments, kv_heads, 0, dtype=torch.bool, device=q_RHD.device)
-            return SelectedPages(KVIndices.from_mask(nothing, whole), (False,) * segments)
-        scores_RHP = self.kv_scores(layer, q_RHD, scored, ScoreKind.BOUND, page_size, group)
-        scores_RGP = selection.share_scores(scores_RHP, kv_heads)
-        chosen_RGP = selection.top_pages(scores_RGP, best_S[segment_R])
-        chosen_SGP = selection.union_rows(chosen_RGP, segment_R, segments)
+            lists = self.num_heads if choice.share == "none" else kv_heads
+            owners = planned_n.shape[0] if choice.per_row else segments
+            nothing = torch.zeros(owners, lists, 0, dtype=torch.bool, device=q_RHD.device)
+            return SelectedPages(KVIndices.from_mask(nothing, whole, choice.per_row), (False,) * segments)
+        heads_RH = None if heads_nH is None else heads_nH[scored_n]
+        scores_RHP = self.kv_scores(layer, q_RHD, scored, ScoreKind.BOUND, self.pool.page_size, group)
+        scores_REP = selection.share_scores(scores_RHP, kv_heads, choice.share, heads_RH)
+        chosen_REP = selection.top_pages(scores_REP, best_S[segment_R])
+        if heads_RH is not None:
+            chosen_REP &= selection.share_heads(heads_RH, kv_heads, choice.share)[..., None]
+        if choice.per_row:
+            chosen_OEP = chosen_REP.new_zeros(planned_n.shape[0], *chosen_REP.shape[1:])
+            chosen_OEP[scored_n] = chosen_REP
+        else:
+            chosen_OEP = selection.union_rows(chosen_REP, segment_R, segments)
         seen = torch.bincount(segment_R, minlength=segments).tolist()
-        return SelectedPages(KVIndices.from_mask(chosen_SGP, whole), tuple(count > 0 for count in seen))
+        kv = KVIndices.from_mask(chosen_OEP, whole, choice.per_row)
+        return SelectedPages(kv, tuple(count > 0 for count in seen))
 
     def changed_rows(
         self,
@@ -292,14 +314,34 @@ class AttentionBackend(ABC):
         before_XBHD[slots_S], earlier queries, is compared with and becomes q_SBHD; with keep_stable only where the row
         is to be recomputed, so that the next change is measured from there.
         """
+        now_SB1W, before_XB1W = q_SBHD.flatten(2).unsqueeze(2), before_XBHD.view(*before_XBHD.shape[:2], 1, -1)
+        active_R1 = self.changed_heads(now_SB1W, before_XB1W, slots_S, fresh, count_S, tau_S, keep_stable)
+        return active_R1.flatten().nonzero().flatten()
+
+    def changed_heads(
+        self,
+        q_SBHD: Tensor,
+        before_XBHD: Tensor,
+        slots_S: Tensor,
+        fresh: tuple[bool, ...],
+        count_S: Tensor,
+        tau_S: Tensor,
+        keep_stable: bool = False,
+    ) -> Tensor:
+        """`changed_rows` with the rules applied to each query head by itself: bool [R, H]."""
+        segments, length, heads, _ = q_SBHD.shape
         later_S = torch.tensor([i for i, first in enumerate(fresh) if not first], device=q_SBHD.device)
-        active_SB = torch.ones(q_SBHD.shape[:2], dtype=torch.bool, device=q_SBHD.device)
+        active_SBH = torch.ones(segments, length, heads, dtype=torch.bool, device=q_SBHD.device)
         if later_S.shape[0]:
-            change_SB = selection.query_change(q_SBHD[later_S], before_XBHD[slots_S[later_S]])
-            active_SB[later_S] = selection.active_rows(change_SB, count_S[later_S], tau_S[later_S])
-        kept = ~active_SB[..., None, None] if keep_stable else torch.zeros((), dtype=torch.bool, device=q_SBHD.device)
-        before_XBHD[slots_S] = torch.where(kept, before_XBHD[slots_S], q_SBHD)
-        return active_SB.flatten().nonzero().flatten()
+            change_SBH = selection.query_change(q_SBHD[later_S], before_XBHD[slots_S[later_S]], per_head=True)
+            rules = (rule_S[later_S].repeat_interleave(heads) for rule_S in (count_S, tau_S))
+            active_YB = selection.active_rows(change_SBH.transpose(1, 2).reshape(-1, length), *rules)
+            active_SBH[later_S] = active_YB.view(-1, heads, length).transpose(1, 2)
+        if keep_stable:
+            before_XBHD[slots_S] = torch.where(active_SBH[..., None], q_SBHD, before_XBHD[slots_S])
+        else:
+            before_XBHD[slots_S] = q_SBHD
+        return active_SBH.flatten(0, 1)
 
 
 def backend_class(name: str) -> type[AttentionBackend]:

@@ -22,6 +22,7 @@ from losa_runtime.attention.backend import (
     AttnState,
     BackendConfig,
     KVIndices,
+    PageChoice,
     PrefixPlan,
     RowGroup,
     ScoreKind,
@@ -103,10 +104,12 @@ class NativeBackend(AttentionBackend):
         whole: tuple[bool, ...],
         best_S: Tensor,
         group: RowGroup,
+        choice: PageChoice = PageChoice(),  # noqa: B008 - immutable
+        heads_nH: Tensor | None = None,
     ) -> SelectedPages:
-        where = (self._layers[layer], self._tables(group))
-        chosen = selection.select_pages(self._kernels, *where, _floats(q_RHD), rows, whole, best_S)
-        kv = KVIndices(chosen.indptr, chosen.indices, self.pool.num_kv_heads, whole)
+        where, q = (self._layers[layer], self._tables(group)), _floats(q_RHD)
+        chosen = selection.select_pages(self._kernels, *where, q, rows, whole, best_S, *choice, heads_nH=heads_nH)
+        kv = KVIndices(chosen.indptr, chosen.indices, chosen.heads, whole, choice.per_row)
         return SelectedPages(kv, tuple(count > 0 for count in chosen.seen))
 
     def changed_rows(
@@ -119,10 +122,23 @@ class NativeBackend(AttentionBackend):
         tau_S: Tensor,
         keep_stable: bool = False,
     ) -> Tensor:
-        if keep_stable:
-            return super().changed_rows(q_SBHD, before_XBHD, slots_S, fresh, count_S, tau_S, keep_stable)
         now_RHD = q_SBHD.flatten(0, 1).contiguous()
-        return selection.changed_rows(self._kernels, now_RHD, before_XBHD, slots_S, fresh, count_S, tau_S)
+        rules = (slots_S, fresh, count_S, tau_S, keep_stable)
+        return selection.changed_rows(self._kernels, now_RHD, before_XBHD, *rules).rows
+
+    def changed_heads(
+        self,
+        q_SBHD: Tensor,
+        before_XBHD: Tensor,
+        slots_S: Tensor,
+        fresh: tuple[bool, ...],
+        count_S: Tensor,
+        tau_S: Tensor,
+        keep_stable: bool = False,
+    ) -> Tensor:
+        now_RHD = q_SBHD.flatten(0, 1).contiguous()
+        rules = (slots_S, fresh, count_S, tau_S, keep_stable)
+        return selection.changed_rows(self._kernels, now_RHD, before_XBHD, *rules, per_head=True).parts
 
     def prefix_mass(
         self,

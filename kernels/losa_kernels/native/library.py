@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-ABI = 2
+ABI = 3
 LEVELS = ("portable", "avx2", "avx512")
+SHARES = {"max": 0, "mean": 1, "none": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_HEAD_DIM = 512
 FILE = Path(__file__).with_name("liblosa_kernels.so")
@@ -92,9 +93,18 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "losa_block": (_RUN, _QUERY, c_void_p, c_void_p, c_int64, c_int32, c_int32, *(c_void_p,) * 4),
     "losa_merge": (_RUN, c_int64, c_int32, *(c_void_p,) * 5),
     "losa_page_scores": (_RUN, _POOL, _GROUP, _QUERY, c_int64, c_void_p),
-    "losa_select_pages": (_RUN, _POOL, _GROUP, _QUERY, c_void_p, c_void_p, c_int64, *(c_void_p,) * 3),
+    "losa_select_pages": (
+        *(_RUN, _POOL, _GROUP, _QUERY),
+        *(c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_int64),
+        *(c_void_p,) * 3,
+    ),
     "losa_prefix_mass": (_RUN, _POOL, _GROUP, _QUERY, c_void_p, c_int64, c_int32, c_int64, c_void_p),
-    "losa_changed_rows": (_RUN, c_void_p, c_void_p, c_int32, *(c_int64,) * 4, *(c_void_p,) * 6),
+    "losa_changed_rows": (
+        *(_RUN, c_void_p, c_void_p, c_int32),
+        *(c_int64,) * 5,
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
+        *(c_void_p,) * 3,
+    ),
     "losa_store": (_RUN, _POOL, c_void_p, c_void_p, c_int32, c_void_p, c_int64),
 }
 

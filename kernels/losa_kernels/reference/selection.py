@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Share = Literal["max", "mean", "none"]  # how the query heads of a KV head come to one list, or that they do not
+
 
 def page_scores(q_RHD: Tensor, bounds_PG2D: Tensor) -> Tensor:
     """Upper bound of q . k over the keys of each page, unscaled: float32 [R, H, P] (QUEST, arXiv 2406.10774, eq. 1).
@@ -27,11 +29,35 @@ def page_scores(q_RHD: Tensor, bounds_PG2D: Tensor) -> Tensor:
     return scores.transpose(0, 1).reshape(rows, heads, pages)
 
 
-def share_scores(scores_RHP: Tensor, groups: int, share: Literal["max", "mean"] = "max") -> Tensor:
-    """One score per KV head from those of its query heads: [R, groups, P]."""
+def share_scores(scores_RHP: Tensor, groups: int, share: Share = "max", heads_RH: Tensor | None = None) -> Tensor:
+    """One score per list of a row from those of its query heads: [R, E, P], E = groups, or H where none share.
+
+    heads_RH: bool, the heads that take part (None: all); the scores of a list without any mean nothing.
+    """
     rows, heads, pages = scores_RHP.shape
-    grouped = scores_RHP.view(rows, groups, heads // groups, pages)
-    return grouped.amax(2) if share == "max" else grouped.mean(2)
+    if share == "none":
+        return scores_RHP
+    grouped_RGFP = scores_RHP.view(rows, groups, heads // groups, pages)
+    left_out = None if heads_RH is None else ~heads_RH.view(rows, groups, -1, 1)
+    if share == "max":
+        return (grouped_RGFP if left_out is None else grouped_RGFP.masked_fill(left_out, -torch.inf)).amax(2)
+    if left_out is None:
+        return _sum_in_order(grouped_RGFP) / (heads // groups)
+    count_RG1 = (~left_out).sum(2).clamp(min=1)
+    return _sum_in_order(grouped_RGFP.masked_fill(left_out, 0.0)) / count_RG1
+
+
+def share_heads(heads_RH: Tensor, groups: int, share: Share = "max") -> Tensor:
+    """Which lists of a row have a query head that takes part: bool [R, E], as in `share_scores`."""
+    return heads_RH if share == "none" else heads_RH.view(heads_RH.shape[0], groups, -1).any(-1)
+
+
+def _sum_in_order(grouped_RGFP: Tensor) -> Tensor:
+    """Sum over F, head by head: in torch's own reduction the order depends on the width, so on padding."""
+    total_RGP = grouped_RGFP[:, :, 0]
+    for head in range(1, grouped_RGFP.shape[2]):
+        total_RGP = total_RGP + grouped_RGFP[:, :, head]
+    return total_RGP
 
 
 def top_pages(scores_RGP: Tensor, count_R: Tensor) -> Tensor:
@@ -80,12 +106,13 @@ def key_mass(
     return torch.cat(mass_Hn)
 
 
-def query_change(now_SBHD: Tensor, before_SBHD: Tensor) -> Tensor:
-    """Mean squared difference of each token's query over all heads and channels: float32 [S, B].
+def query_change(now_SBHD: Tensor, before_SBHD: Tensor, per_head: bool = False) -> Tensor:
+    """Mean squared difference of each token's query over all heads and channels: float32 [S, B]; per_head: [S, B, H].
 
     A rotation of both queries leaves it as it is, so it may be taken before or after RoPE.
     """
-    return (now_SBHD.float() - before_SBHD.float()).square().mean(dim=(-1, -2))
+    square_SBHD = (now_SBHD.float() - before_SBHD.float()).square()
+    return square_SBHD.mean(-1) if per_head else square_SBHD.mean(dim=(-1, -2))
 
 
 def active_rows(change_SB: Tensor, count_S: Tensor, tau_S: Tensor) -> Tensor:

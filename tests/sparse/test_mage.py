@@ -123,13 +123,15 @@ def test_dense_layers_read_everything_and_choose_nothing(sizes: Sizes) -> None:
     assert later.kv_density == pytest.approx((1 + BUDGET / PROMPT) / 2) and not later.dense
 
 
-def test_release_forgets_the_set() -> None:
+def test_release_forgets_the_set_and_the_slot() -> None:
     stage = Stage()
     run(stage, params("mage", BUDGET), 2)
     method = stage.methods["mage"]
     method.release(0)
     with pytest.raises(AssertionError, match="without an opening step"):
         method._lists.lists(0, [0], (False,))  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match="without an opening step"):  # also where nothing has to be held
+        stage.forward(denoise_item("r", PROMPT, params("mage", PROMPT), 1, 0, stage.sizes))
 
 
 class TestLayerAdaptive:

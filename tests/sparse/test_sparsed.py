@@ -133,7 +133,7 @@ def test_keeping_all_is_dense_without_a_choice() -> None:
     assert all(r.report is not None and r.report.bypassed and r.report.dense for r in results)
 
 
-def test_a_short_last_key_block_is_no_favourite() -> None:
+def test_a_short_last_key_block_is_no_favourite_and_release_forgets() -> None:
     """One key with a little more than a full block's mean, but much less than its sum, stands last."""
 
     def last_is_good(s: Sizes, name: str, block: int, step: int, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,6 +154,8 @@ def test_a_short_last_key_block_is_no_favourite() -> None:
     method.release(0)
     with pytest.raises(AssertionError, match="without an opening step"):
         held.lists(0, [0], (False,))
+    with pytest.raises(AssertionError, match="without an opening step"):  # also in a dense step
+        stage.forward(denoise_item("r", 32, sparse, 1, 0, stage.sizes))
 
 
 def test_neighbours_with_other_plans_and_phases_are_not_felt(sizes: Sizes) -> None:

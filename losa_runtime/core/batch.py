@@ -59,7 +59,7 @@ class Segment(NamedTuple):
     rows: half-open range into the T rows. prefix_len: committed tokens before the first row, a multiple of B.
     pages: int64 [P] page ids of the request in order, covering prefix_len (+ its own rows for a store segment).
     slot: index of per-request method state, -1 for store and SCORE segments. step: denoising step inside the block
-    (0 = OPEN). sparse: None for store and SCORE segments.
+    (0 = OPEN). sparse: None for store and SCORE segments. unmasked: tokens accepted in this block before this step.
     """
 
     mode: ForwardMode
@@ -70,6 +70,7 @@ class Segment(NamedTuple):
     slot: int = -1
     step: int = 0
     sparse: SparseParams | None = None
+    unmasked: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,7 +37,8 @@ class WorkItem(NamedTuple):
 
     tokens: [n] as the model sees them (MASK where masked). start: position of the first, = committed tokens before it.
     pages: page table of the request, a view, covering what the segment reads and writes. For block segments:
-    candidates: offsets that may be unmasked (for SCORE: the one scored offset); target: the scored token.
+    candidates: offsets that may be unmasked (for SCORE: the one scored offset); target: the scored token; unmasked:
+    tokens accepted in this block before this step.
     """
 
     mode: ForwardMode
@@ -52,6 +53,7 @@ class WorkItem(NamedTuple):
     sparse: SparseParams | None = None
     decoding: DecodingParams | None = None
     context: RowContext | None = None
+    unmasked: int = 0
 
 
 class Round(NamedTuple):

@@ -59,7 +59,8 @@ class ModelRunner:
         for item in items:
             stop = row + item.tokens.size
             pages = torch.from_numpy(item.pages).to(self._device)
-            segments.append(Segment(item.mode, row, stop, item.start, pages, item.slot, item.step, item.sparse))
+            about = (item.slot, item.step, item.sparse, item.unmasked)
+            segments.append(Segment(item.mode, row, stop, item.start, pages, *about))
             if item.mode.stores:
                 positions = np.arange(item.start, item.start + item.tokens.size)
                 locations.append(item.pages[positions // page_size] * page_size + positions % page_size)

@@ -34,6 +34,11 @@ class DiffusionBlock:
         return np.flatnonzero(self.masked[: self.limit])
 
     @property
+    def unmasked(self) -> int:
+        """Tokens accepted so far; known ones do not count."""
+        return self.limit - self.known - int(self.candidates.size)
+
+    @property
     def settled(self) -> int:
         """Length of the leading run without a mask: these tokens can no longer change."""
         masked = np.flatnonzero(self.masked)

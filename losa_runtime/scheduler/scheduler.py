@@ -313,6 +313,7 @@ class Scheduler:
             sparse=req.settings.sparse,
             decoding=req.settings.decoding,
             context=req.row_context(),
+            unmasked=block.unmasked,
         )
 
     def _score_items(self, req: Req, budget: int) -> list[WorkItem]:

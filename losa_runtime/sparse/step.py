@@ -34,9 +34,9 @@ class DenoiseStep:
     """What a method sees of its block segments in one forward: made once, used by every layer.
 
     group: the segments and their rows. slots: state index per segment. opens: per segment, True in the first step of
-    its block; numbers: its denoising step. options: the method's, the same for all segments. budgets: tokens each
-    query may read, per segment; whole: True where that covers the prefix (never without a `budget` rule). meter: where
-    the method reports what it reads beside its plan.
+    its block; numbers: its denoising step; unmasked: tokens accepted in it before this step. options: the method's, the
+    same for all segments. budgets: tokens each query may read, per segment; whole: True where that covers the prefix
+    (never without a `budget` rule). meter: where the method reports what it reads beside its plan.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class DenoiseStep:
         assert len(set(self.slots)) == len(self.slots), f"two segments share a slot: {self.slots}"
         self.opens = tuple(segment.mode is ForwardMode.OPEN for segment in group.segments)
         self.numbers = tuple(segment.step for segment in group.segments)
+        self.unmasked = tuple(segment.unmasked for segment in group.segments)
         pairs = list(zip(self.params, group.prefix_lens, strict=True))
         self.budgets = tuple(0 if budget is None else budget(p, n) for p, n in pairs)
         covered = zip(group.prefix_lens, self.budgets, strict=True)

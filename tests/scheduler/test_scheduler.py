@@ -51,6 +51,17 @@ def test_commit_shares_the_forward_with_the_next_opening() -> None:
     assert apart.tokens("r") == world.tokens("r")
 
 
+@pytest.mark.parametrize(("prompt_len", "new"), [(4, 4), (6, 2), (4, 3)])
+def test_a_block_item_says_how_many_tokens_were_accepted_before(prompt_len: int, new: int) -> None:
+    """Neither the prompt's tokens in the block nor positions that are never unmasked count."""
+    world = World(pages=32)
+    world.add("r", list(range(prompt_len)), new)
+    world.drain()
+    items = [i for r in world.rounds for i in r.items if not i.mode.stores]
+    halves = {4: [0, 2, 3], 3: [0, 1, 2], 2: [0, 1]}  # what is masked is halved in each step, by the stub
+    assert [i.unmasked for i in items] == halves[new]
+
+
 def test_the_last_block_is_never_stored() -> None:
     world = World(pages=32)
     world.add("r", list(range(4)), 8)

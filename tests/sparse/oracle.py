@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -14,13 +15,21 @@ from tests.sparse.oracles.maths import Scene, States, softmax
 from tests.sparse.stage import Stage
 
 
-def block_outputs(stage: Stage, name: str, start: int, sparse: SparseParams, steps: int) -> list[list[Tensor]]:
-    """Attention output [B, H, D] of each step and layer of the block at `start`, every earlier block committed."""
-    layers = [_layer_outputs(stage, name, start, sparse, steps, layer) for layer in range(stage.sizes.layers)]
+def block_outputs(
+    stage: Stage, name: str, start: int, sparse: SparseParams, steps: int, unmasked: Sequence[int] | None = None
+) -> list[list[Tensor]]:
+    """Attention output [B, H, D] of each step and layer of the block at `start`, every earlier block committed.
+
+    unmasked: tokens accepted before each step; None: one in each.
+    """
+    accepted = range(steps) if unmasked is None else unmasked
+    layers = [_layer_outputs(stage, name, start, sparse, accepted, layer) for layer in range(stage.sizes.layers)]
     return [[outs[step] for outs in layers] for step in range(steps)]
 
 
-def _layer_outputs(stage: Stage, name: str, start: int, sparse: SparseParams, steps: int, layer: int) -> list[Tensor]:
+def _layer_outputs(
+    stage: Stage, name: str, start: int, sparse: SparseParams, accepted: Sequence[int], layer: int
+) -> list[Tensor]:
     s = stage.sizes
     past = [stage.rows(s, name, block, 0, layer) for block in range(start // s.block)]
     keys, values = (
@@ -29,9 +38,9 @@ def _layer_outputs(stage: Stage, name: str, start: int, sparse: SparseParams, st
     prefix_states = import_module(f"tests.sparse.oracles.{sparse.method}").prefix_states
     memory: dict[str, Any] = {}
     outs = []
-    for step in range(steps):
+    for step, unmasked in enumerate(accepted):
         q, k, v = (x.double() for x in stage.rows(s, name, start // s.block, step, layer))
-        states = prefix_states(Scene(q, keys, values, s.page, step, sparse, memory))
+        states = prefix_states(Scene(q, keys, values, s.page, step, sparse, memory, unmasked, layer, s.layers))
         outs.append(_merged(q, k, v, states))
     return outs
 

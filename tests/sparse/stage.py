@@ -7,7 +7,7 @@ on (name, block, step, layer) alone: not on neighbours, pages, or how a prompt i
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ class Item(NamedTuple):
     slot: int = -1
     step: int = 0
     sparse: SparseParams | None = None
+    unmasked: int = 0
 
 
 class Result(NamedTuple):
@@ -116,7 +117,8 @@ class Stage:
         for item in items:
             pages = self.table(item.name, item.start + (item.count if item.mode.stores else 0))
             stop = row + item.count
-            segments.append(Segment(item.mode, row, stop, item.start, pages, item.slot, item.step, item.sparse))
+            about = (item.slot, item.step, item.sparse, item.unmasked)
+            segments.append(Segment(item.mode, row, stop, item.start, pages, *about))
             if item.mode.stores:
                 at = torch.arange(item.start, item.start + item.count)
                 locations.append(pages[at // self.sizes.page] * self.sizes.page + at % self.sizes.page)
@@ -137,9 +139,21 @@ class Stage:
         if tokens > start:
             self.forward(Item(name, ForwardMode.PREFILL, start, tokens - start))
 
-    def denoise(self, name: str, start: int, sparse: SparseParams, steps: int = 4, slot: int = 0) -> list[Result]:
-        """All steps of one block, alone in their batches."""
-        return [self.forward(denoise_item(name, start, sparse, step, slot, self.sizes))[0] for step in range(steps)]
+    def denoise(
+        self,
+        name: str,
+        start: int,
+        sparse: SparseParams,
+        steps: int = 4,
+        slot: int = 0,
+        unmasked: Sequence[int] | None = None,
+    ) -> list[Result]:
+        """All steps of one block, alone in their batches. unmasked: see `denoise_item`, one per step."""
+        items = (
+            denoise_item(name, start, sparse, step, slot, self.sizes, None if unmasked is None else unmasked[step])
+            for step in range(steps)
+        )
+        return [self.forward(item)[0] for item in items]
 
     def _inputs(self, items: tuple[Item, ...], layer: int) -> list[Tensor]:
         length = self.sizes.block
@@ -151,10 +165,12 @@ class Stage:
         return [torch.cat(kind) for kind in zip(*parts, strict=True)]
 
 
-def denoise_item(name: str, start: int, sparse: SparseParams, step: int, slot: int, sizes: Sizes) -> Item:
-    """OPEN for step 0, DENOISE after it."""
+def denoise_item(
+    name: str, start: int, sparse: SparseParams, step: int, slot: int, sizes: Sizes, unmasked: int | None = None
+) -> Item:
+    """OPEN for step 0, DENOISE after it. unmasked: tokens accepted before the step; None: one in each."""
     mode = ForwardMode.DENOISE if step else ForwardMode.OPEN
-    return Item(name, mode, start, sizes.block, slot, step, sparse)
+    return Item(name, mode, start, sizes.block, slot, step, sparse, step if unmasked is None else unmasked)
 
 
 def params(

@@ -16,7 +16,8 @@ States = dict[tuple[int, int], tuple[Tensor, float]]  # (row, query head) -> out
 class Scene(NamedTuple):
     """One layer of one request in one denoising step. q [B, H, D], keys and values [N, G, D], float64.
 
-    memory: the oracle's own between the steps of the block, one dict per layer.
+    memory: the oracle's own between the steps of the block, one dict per layer. unmasked: tokens accepted before
+    this step. layer, layers: which one of how many.
     """
 
     q: Tensor
@@ -26,6 +27,9 @@ class Scene(NamedTuple):
     step: int
     sparse: SparseParams
     memory: dict[str, Any]
+    unmasked: int = 0
+    layer: int = 0
+    layers: int = 1
 
     @property
     def rows(self) -> range:

@@ -62,7 +62,13 @@ void attend_chunk(const Call& call, const Item& item, int64_t chunk, const Bench
     const int64_t block = (item.position + i / item.heads) / call.block_length;
     visible[i] = static_cast<int32_t>(std::clamp<int64_t>((block + 1) * call.block_length - from, 0, count));
   }
-  call.level.attend(bench.q, item.rows * item.heads, keys, item.position >= 0 ? visible : nullptr, state, bench.tiles);
+  Peaks peaks;
+  const bool wanted = call.peaks && item.keys.table && !item.keys.granules;
+  for (int i = 0; wanted && i < item.rows * item.heads; ++i)
+    peaks.rows[i] = call.peaks + place(call, item, i, 1) * call.width + from / call.page_size;
+  peaks.page_size = call.page_size;
+  call.level.attend(bench.q, item.rows * item.heads, keys, item.position >= 0 ? visible : nullptr, state, bench.tiles,
+                    wanted ? &peaks : nullptr);
 }
 
 void write(const Call& call, const Item& item, State state) {

@@ -28,7 +28,8 @@ struct Item {
 };
 
 // Everything the items of one call have in common. rows: as in LosaQuery. out [count, H, D], lse [count, H] or null;
-// other_*: a part over other keys, laid out like out and lse, that is merged in; null: none.
+// other_*: a part over other keys, laid out like out and lse, that is merged in; null: none. peaks [count, H, width]:
+// each row's largest score per page of `page_size` where it reads a whole prefix; null: not wanted.
 struct Call {
   const Level& level;
   int threads;
@@ -38,6 +39,9 @@ struct Call {
   int64_t block_length;
   float *out, *lse;
   const float *other_out, *other_lse;
+  float* peaks = nullptr;
+  int64_t width = 0;
+  int page_size = 1;
 };
 
 // Adds the items of these rows and heads, cut to kRows folded rows each.

@@ -1,5 +1,6 @@
 // The attention calls of the C interface: each turns its question into work items.
 #include <algorithm>
+#include <limits>
 
 #include "attend.h"
 
@@ -71,6 +72,17 @@ void prefix_items(std::vector<Item>& items, const LosaPool& pool, const LosaGrou
   }
 }
 
+void check_peaks(const LosaPool& pool, const LosaGroup& group, const LosaLists* lists,
+                 const std::vector<int64_t>& starts, int64_t width) {
+  if (kChunk % pool.page_size)
+    throw Refusal("peaks of pages of %d, allowed: page sizes that divide %d", pool.page_size, kChunk);
+  for (int64_t s = 0; s < group.segments; ++s) {
+    const int64_t pages = (group.prefix_lens[s] + pool.page_size - 1) / pool.page_size;
+    if (starts[s] < starts[s + 1] && (!lists || lists->whole[s]) && pages > width)
+      throw Refusal("peaks: found room for %lld pages, needed: %lld", (long long)width, (long long)pages);
+  }
+}
+
 }  // namespace
 
 }  // namespace losa
@@ -78,7 +90,7 @@ void prefix_items(std::vector<Item>& items, const LosaPool& pool, const LosaGrou
 using namespace losa;
 
 extern "C" int losa_prefix(LosaRun* run, const LosaPool* pool, const LosaGroup* group, const LosaQuery* query,
-                           const LosaLists* lists, float* out, float* lse) {
+                           const LosaLists* lists, float* out, float* lse, float* peaks, int64_t width) {
   return guarded(run, [&](const Level& level) {
     check_pool(*pool);
     check_query(*query, pool->kv_heads);
@@ -87,9 +99,13 @@ extern "C" int losa_prefix(LosaRun* run, const LosaPool* pool, const LosaGroup* 
     if (lists) check_lists(*lists, *pool, *query, lists->per_row ? query->count : group->segments);
     std::vector<Item> items;
     prefix_items(items, *pool, *group, *query, lists, starts);
-    run_items(
-        {level, run->threads, pool->k, pool->v, pool->dtype, pool->head_dim, *query, 1, out, lse, nullptr, nullptr},
-        items);
+    if (peaks) {
+      check_peaks(*pool, *group, lists, starts, width);
+      std::fill(peaks, peaks + query->count * query->heads * width, -std::numeric_limits<float>::infinity());
+    }
+    run_items({level, run->threads, pool->k, pool->v, pool->dtype, pool->head_dim, *query, 1, out, lse, nullptr,
+               nullptr, peaks, width, pool->page_size},
+              items);
   });
 }
 

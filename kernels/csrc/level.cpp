@@ -43,6 +43,24 @@ inline float weigh(float* scores, int columns, int seen, float* top, float* lane
   return shrink[0];
 }
 
+// The largest of a tile's scores per page; `from` counts keys from the start of a page.
+inline void note_peaks(const float* scores, int from, int count, int page_size, float* peaks) {
+  for (int i = 0; i < count;) {
+    const int inside = (from + i) % page_size, left = page_size - inside, run = count - i < left ? count - i : left;
+    float* peak = peaks + (from + i) / page_size;
+    float best = inside ? *peak : kMinusInfinity;
+    int j = 0;
+    if (run >= W) {
+      V most = splat(best);
+      for (; j + W <= run; j += W) most = larger(load(scores + i + j), most);
+      best = largest_of(most);
+    }
+    for (; j < run; ++j) best = scores[i + j] > best ? scores[i + j] : best;
+    *peak = best;
+    i += run;
+  }
+}
+
 template <int R>
 inline void dots_of_rows(const float* q, int stride, int depth, int columns, const Tiles& tiles, float* scores) {
   in_pieces(columns / W, kAcross, [&](int first, auto across) {
@@ -51,7 +69,8 @@ inline void dots_of_rows(const float* q, int stride, int depth, int columns, con
   });
 }
 
-void attend(const float* q, int rows, const Keys& keys, const int32_t* visible, State state, const Tiles& tiles) {
+void attend(const float* q, int rows, const Keys& keys, const int32_t* visible, State state, const Tiles& tiles,
+            const losa::Peaks* peaks) {
   const int dim = keys.dim, stride = stride_of(dim);
   for (int i = 0; i < rows * stride; ++i) state.acc[i] = 0.0f;
   for (int i = 0; i < rows * kLanes; ++i) tiles.lanes[i] = 0.0f;
@@ -70,6 +89,7 @@ void attend(const float* q, int rows, const Keys& keys, const int32_t* visible, 
         int seen = visible ? visible[first + r] - start : count;
         seen = seen < count ? (seen > 0 ? seen : 0) : count;
         float* lanes = tiles.lanes + (first + r) * kLanes;
+        if (peaks) note_peaks(weights + r * kKeys, start, count, peaks->page_size, peaks->rows[first + r]);
         shrink[r] = weigh(weights + r * kKeys, columns, seen, state.top + first + r, lanes);
       }
       in_pieces(stride / W, kAcross, [&](int part, auto across) {

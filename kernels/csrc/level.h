@@ -46,10 +46,16 @@ struct Tiles {
   float* lanes;    // [kRows, kLanes] partial sums
 };
 
+// Where the largest score of each page goes: row i's pages lie at rows[i][0 ..], the chunk begins with a page.
+struct Peaks {
+  float* rows[kRows];
+  int page_size;
+};
+
 struct Level {
   // Softmax state of `rows` scaled queries [rows, stride] over the keys. visible [rows]: how many leading keys of
-  // the chunk a row sees; null: all.
-  void (*attend)(const float* q, int rows, const Keys&, const int32_t* visible, State, const Tiles&);
+  // the chunk a row sees; null: all. peaks: null: not wanted; only without `visible`.
+  void (*attend)(const float* q, int rows, const Keys&, const int32_t* visible, State, const Tiles&, const Peaks*);
   // into = into + from, two disjoint key sets.
   void (*add)(State into, State from, int rows, int dim);
   // Normalised outputs to out[row]; with a part over other keys (other_out[row], other_lse[row]) merged with it.

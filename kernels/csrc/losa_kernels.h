@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define LOSA_ABI 3
+#define LOSA_ABI 4
 #define LOSA_API __attribute__((visibility("default")))
 
 enum LosaDType { LOSA_F32 = 0, LOSA_BF16 = 1, LOSA_F16 = 2 };
@@ -67,8 +67,10 @@ LOSA_API int losa_abi(void);
 LOSA_API int losa_has_level(int level);
 
 // Attention of the computed rows to their prefixes (lists may be null: all of it). out [count, H, D], lse [count, H].
+// peaks [count, H, width]: also each row's largest scaled score per page where it reads its whole prefix, -inf
+// elsewhere (the page size must divide 1024); null: not wanted.
 LOSA_API int losa_prefix(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, const LosaLists*, float* out,
-                         float* lse);
+                         float* lse, float* peaks, int64_t width);
 
 // Block-causal attention of stored rows; counts [S] rows per segment. out [R, H, D].
 LOSA_API int losa_prefill(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, const int64_t* counts,

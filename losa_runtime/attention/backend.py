@@ -74,12 +74,15 @@ class PrefixPlan(NamedTuple):
     rows: int64, sorted rows of the group whose prefix attention is computed; None = all, empty = none.
     kv: what they read; None = the whole prefix. granule: tokens per index of `kv`.
     scored: per segment, True where choosing `kv` read the page summaries (None = nowhere). For the record only.
+    peaks: an output, float32 [planned rows, H, P]: where a row reads its whole prefix, the backend writes the row's
+    largest scaled score q . k in each page; every other entry becomes -inf. None = not wanted.
     """
 
     rows: Tensor | None = None
     kv: KVIndices | None = None
     granule: int = 1
     scored: tuple[bool, ...] | None = None
+    peaks: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +260,13 @@ class AttentionBackend(ABC):
         """All stored keys before a segment, gathered: [G, N, D] in the dtype of the pages."""
         pages = segment.pages[: -(-segment.prefix_len // self.pool.page_size)]
         return paging.gather_pages(self.pool.k(layer), pages)[:, : segment.prefix_len]
+
+    def keys_at(self, layer: int, segment: Segment, positions_GN: Tensor) -> Tensor:
+        """The keys at some prefix positions per KV head, gathered: [G, n, D] in the dtype of the pages."""
+        kv_heads = self.pool.num_kv_heads
+        heads = torch.arange(kv_heads, device=positions_GN.device)
+        place = paging.position_rows(segment.pages, positions_GN, heads, kv_heads, self.pool.page_size)
+        return paging.gather_rows(self.pool.k(layer), place)
 
     def select_pages(
         self,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels.native import attention, mass, selection, store
+from losa_kernels.native.attention import PEAK_CHUNK
 from losa_kernels.native.layout import Pages, Segments
 from losa_kernels.native.library import DTYPES, MAX_HEAD_DIM, Kernels, NativeUnavailable
 from losa_runtime.attention.backend import (
@@ -56,6 +57,8 @@ class NativeBackend(AttentionBackend):
                 return f"no kernels for {dtype}"
         if config.head_dim > MAX_HEAD_DIM:
             return f"head dim {config.head_dim}, at most {MAX_HEAD_DIM}"
+        if PEAK_CHUNK % config.page_size:
+            return f"page size {config.page_size}, allowed: divisors of {PEAK_CHUNK}"
         return config.misfit()
 
     @property
@@ -74,7 +77,9 @@ class NativeBackend(AttentionBackend):
     def prefix(self, layer: int, q_RHD: Tensor, plan: PrefixPlan, group: RowGroup) -> AttnState:
         lists = None if plan.kv is None else attention.Lists(*plan.kv[:4], plan.granule, plan.kv.per_row)
         where = (self._layers[layer], self._tables(group))
-        return AttnState(*attention.prefix(self._kernels, *where, _floats(q_RHD), self.scale, plan.rows, lists))
+        q = _floats(q_RHD)
+        found = attention.prefix(self._kernels, *where, q, self.scale, plan.rows, lists, plan.peaks)
+        return AttnState(*found)
 
     def block(self, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup) -> AttnState:
         rows = (_floats(q_RHD), _floats(k_RGD), _floats(v_RGD))

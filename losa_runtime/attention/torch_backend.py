@@ -61,10 +61,16 @@ class TorchBackend(AttentionBackend):
             torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device),
         )
         done = 0
+        if plan.peaks is not None:
+            plan.peaks.fill_(-torch.inf)
         for index, count in enumerate(_planned_rows(plan, group)):
             if count and group.segments[index].prefix_len:
                 mine = slice(done, done + count)
                 out.out_RHD[mine], out.lse_RH[mine] = self._segment_prefix(layer, q[mine], plan, group, index, done)
+                if plan.peaks is not None and (plan.kv is None or plan.kv.whole[index]):
+                    keys = self.prefix_keys(layer, group.segments[index])
+                    found = selection.page_peaks(q[mine], keys, self.scale, self.pool.page_size)
+                    plan.peaks[mine, :, : found.shape[-1]] = found
             done += count
         return out
 

@@ -52,7 +52,7 @@ class PrefixMeter:
         self._bypassed = (False,) * segments if whole is None else whole
         self._layers = 0
         self._scored = [0] * segments  # layers in which the page summaries were read
-        self._keyed = [0] * segments  # layers in which all keys were read to choose among them
+        self._vectors = [0] * segments  # D-vectors per KV head that were read to choose, beside the summaries
         self._host_rows = 0  # layers in which all rows were computed
         self._counts_3S: Tensor | None = None
         self._rows_SB: Tensor | None = None
@@ -98,7 +98,11 @@ class PrefixMeter:
     def keys(self, index: Sequence[int]) -> None:
         """Count that choosing read every key of these segments in this layer."""
         for segment in index:
-            self._keyed[segment] += 1
+            self.vectors(segment, self._group.prefix_lens[segment])
+
+    def vectors(self, segment: int, count: int) -> None:
+        """Count that choosing read `count` vectors of size D per KV head for this segment in this layer."""
+        self._vectors[segment] += count
 
     def report(self, pool: KVPool) -> list[SegmentReport]:
         """One entry per segment of the group, in its order."""
@@ -129,7 +133,7 @@ class PrefixMeter:
             dense=dense == 1.0,
             bypassed=self._bypassed[index],
             kv_bytes=round((kv_density * everything + extra) * 2 * vectors),
-            metadata_bytes=(summaries + self._keyed[index] * segment.prefix_len) * vectors,
+            metadata_bytes=(summaries + self._vectors[index]) * vectors,
             dense_bytes=everything * 2 * vectors,
         )
 
@@ -142,10 +146,11 @@ class PrefixMeter:
         share_S = (whole_S & (rows_S > 0)).double()
         if not plan.kv.indices.shape[0]:
             return share_S, share_S
-        share_kv = share_S + self._listed(plan.kv, plan, kv_heads)
+        asked_S = rows_S > 0  # a list without a row to read it is not read
+        share_kv = share_S + self._listed(plan.kv, plan, kv_heads) * asked_S
         if plan.kv.heads == kv_heads:
             return share_kv, share_kv
-        return share_kv, share_S + self._listed(plan.kv, plan, plan.kv.heads)
+        return share_kv, share_S + self._listed(plan.kv, plan, plan.kv.heads) * asked_S
 
     def _listed(self, kv: KVIndices, plan: PrefixPlan, heads: int) -> Tensor:
         """Share of the prefix in the lists, mean over `heads` (at most kv.heads) after a union inside each: [S]."""

@@ -65,21 +65,38 @@ class RowStates:
         return layers * rows * heads * (dim + 1) * 4
 
 
-class BlockMemory:
-    """Per layer, slot and row of the current block: prefix attention, and a query in the model's dtype."""
+class RowQueries:
+    """A query per layer, slot and row, in the model's dtype. Allocated on first use."""
 
     def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
-        self.prefix = RowStates(geometry)
+        self._geometry = geometry
         self._query: Tensor | None = None
-        self._open: set[tuple[int, int]] = set()
 
-    def query(self, layer: int, like: Tensor) -> Tensor:
-        """Remembered queries [X, B, H, D], a view to be written to; allocated on first use, in the dtype of `like`."""
-        g = self.geometry
+    def of_layer(self, layer: int, like: Tensor) -> Tensor:
+        """The layer's queries [X, B, H, D], a view to be written to, in the dtype of `like`."""
+        g = self._geometry
         if self._query is None:
             self._query = torch.zeros(state_shape(g), dtype=like.dtype, device=like.device)
         return self._query[layer].view(g.max_slots, g.block_length, g.num_heads, g.head_dim)
+
+    @staticmethod
+    def bytes(geometry: Geometry, itemsize: int) -> int:
+        """Memory when allocated; itemsize: bytes of a query's number."""
+        layers, rows, heads, dim = state_shape(geometry)
+        return layers * rows * heads * dim * itemsize
+
+
+class BlockMemory:
+    """Per layer, slot and row of the current block: prefix attention and a query."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.prefix, self._queries = RowStates(geometry), RowQueries(geometry)
+        self._open: set[tuple[int, int]] = set()
+
+    def query(self, layer: int, like: Tensor) -> Tensor:
+        """Remembered queries of a layer, see RowQueries."""
+        return self._queries.of_layer(layer, like)
 
     def begin(self, layer: int, step: DenoiseStep) -> None:
         """Note which slots have opened their block, and insist that the others did before."""
@@ -100,8 +117,7 @@ class BlockMemory:
     @staticmethod
     def bytes(geometry: Geometry, itemsize: int) -> int:
         """Memory when allocated; itemsize: bytes of a query's number."""
-        layers, rows, heads, dim = state_shape(geometry)
-        return RowStates.bytes(geometry) + layers * rows * heads * dim * itemsize
+        return RowStates.bytes(geometry) + RowQueries.bytes(geometry, itemsize)
 
 
 class HeldLists:
@@ -113,9 +129,10 @@ class HeldLists:
     def __init__(self) -> None:
         self._lists: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def put(self, layer: int, slot: int, chosen_EN: Tensor) -> None:
-        """Hold the granules marked in a bool mask."""
-        self._lists[layer, slot] = (chosen_EN.sum(-1), chosen_EN.nonzero()[:, -1])
+    def put(self, layer: int, slot: int, chosen_EN: Tensor, granules_EN: Tensor | None = None) -> None:
+        """Hold the granules marked in a bool mask; granules_EN: their numbers, ascending (None: 0 .. N - 1)."""
+        indices = chosen_EN.nonzero()[:, -1] if granules_EN is None else granules_EN[chosen_EN]
+        self._lists[layer, slot] = (chosen_EN.sum(-1), indices)
 
     def lists(self, layer: int, slots: Sequence[int], whole: tuple[bool, ...]) -> KVIndices:
         """The lists of these slots; empty for those in `whole`, which read everything."""

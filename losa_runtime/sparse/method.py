@@ -23,8 +23,12 @@ METHODS: dict[str, str] = {
     "dense": "losa_runtime.sparse.dense:Dense",
     "quest": "losa_runtime.sparse.quest:Quest",
     "losa": "losa_runtime.sparse.losa:Losa",
+    "losa_plus": "losa_runtime.sparse.losa_plus:LosaPlus",
     "mage": "losa_runtime.sparse.mage:Mage",
     "sparsed": "losa_runtime.sparse.sparsed:SparseD",
+    "flashblock": "losa_runtime.sparse.flashblock:FlashBlock",
+    "sparse_dllm": "losa_runtime.sparse.sparse_dllm:SparseDllm",
+    "ba_att": "losa_runtime.sparse.ba_att:BaAtt",
 }
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from losa_kernels.reference.attention import (
+    REMAINDER,
     attend,
     block_attention,
     block_causal_attention,
@@ -18,6 +19,7 @@ from losa_kernels.reference.attention import (
     listed_attention,
     merge_states,
     prefix_attention,
+    remove_state,
     unfold_heads,
 )
 from losa_kernels.reference.paging import store_rows
@@ -145,3 +147,30 @@ def test_block_causal_rows_see_up_to_the_end_of_their_block() -> None:
         end = (12 + row) // 4 * 4 + 4
         want, _ = plain(q[row, 3], k[:end, 1], v[:end, 1])
         torch.testing.assert_close(out[row, 3].double(), want, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(keys=st.integers(2, 24), cut=st.integers(1, 23), seed=st.integers(0, 2**16), spread=st.floats(0.1, 3.0))
+def test_removing_a_part_leaves_the_rest(keys: int, cut: int, seed: int, spread: float) -> None:
+    cut = min(cut, keys - 1)
+    draw = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, n, 8, generator=draw, dtype=torch.float32) for n in (3, keys, keys))
+    q = q * spread
+    whole, part, rest = (attend(q, k[:, s], v[:, s], 0.5) for s in (slice(None), slice(cut), slice(cut, None)))
+    out, lse = remove_state(*whole, *part)
+    lost = lse == -torch.inf
+    share = torch.exp(rest[1] - whole[1])
+    assert bool((share[lost] < 2 * REMAINDER).all()) and not out[lost].any()
+    torch.testing.assert_close(lse[~lost], rest[1][~lost], rtol=1e-2, atol=1e-2)
+    kept = ~lost & (share > 0.01)
+    torch.testing.assert_close(out[kept], rest[0][kept], rtol=1e-3, atol=1e-3)
+
+
+def test_removing_everything_or_nothing() -> None:
+    q, k, v = (torch.randn(1, n, 4, generator=torch.Generator().manual_seed(n)) for n in (2, 5, 6))
+    whole = attend(q, k, v[:, :5], 1.0)
+    empty = (torch.zeros_like(whole[0]), torch.full_like(whole[1], -torch.inf))
+    for part, want in ((whole, empty), (empty, whole)):
+        for got, expected in zip(remove_state(*whole, *part), want, strict=True):
+            torch.testing.assert_close(got, expected)
+    assert bool((remove_state(*empty, *empty)[1] == -torch.inf).all())

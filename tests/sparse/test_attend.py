@@ -12,6 +12,8 @@ from tests.sparse.stage import Item, Result, Sizes, Stage, denoise_item, params,
 
 LOSA, QUEST, DENSE = params("losa"), params("quest"), params("dense")
 
+RESTING = ("losa_plus", "flashblock")  # read nothing in a later step if no row moved, or too few tokens are new
+
 
 def equal(left: Result, right: Result) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left.layers, right.layers, strict=True))
@@ -85,7 +87,7 @@ def test_scored_blocks_read_densely_and_leave_no_state(sizes: Sizes) -> None:
     dense = stage.denoise("r", 64, DENSE, 1)[0]
     assert equal(result, dense)
     assert result.report is not None and result.report.dense and not result.report.bypassed
-    assert stage.methods["losa"].memory._query is None
+    assert stage.methods["losa"].memory._queries._query is None
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -94,7 +96,8 @@ def test_a_prompt_shorter_than_a_block(sizes: Sizes, method: str) -> None:
     results = stage.denoise("r", 0, params(method), 3)
     for result in results:
         assert all(bool(out.isfinite().all()) for out in result.layers)
-        assert result.report is not None and result.report.kv_density == 1.0 and result.report.kv_bytes == 0
+        assert result.report is not None and result.report.kv_bytes == 0
+        assert result.report.kv_density == 1.0 or method in RESTING
     q, k, v = stage.rows(sizes, "r", 0, 1, 0)
     scores = (k[:, 0] @ q[2, 0]) / sizes.dim**0.5
     torch.testing.assert_close(results[1].layers[0][2, 0], scores.softmax(0) @ v[:, 0], rtol=1e-4, atol=1e-5)

@@ -124,7 +124,7 @@ def test_memory_is_b_times_d_plus_one_per_head() -> None:
     stage.denoise("r", 16, params("losa"), 1)
     memory, s = stage.methods["losa"].memory, stage.sizes
     out, lse = memory.prefix._tensors or ()
-    query = memory._query
+    query = memory._queries._query
     assert query is not None and query.shape == out.shape == state_shape(stage.geometry)
     assert out.nbytes + lse.nbytes + query.nbytes == BlockMemory.bytes(stage.geometry, query.itemsize)
     assert out.numel() + lse.numel() == s.layers * s.slots * s.heads * s.block * (s.dim + 1)

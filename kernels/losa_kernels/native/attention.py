@@ -14,6 +14,9 @@ from losa_kernels.native.layout import Pages, Segments, check, query, ref
 from losa_kernels.native.library import CLists, Kernels
 
 
+PEAK_CHUNK = 1024  # kChunk in csrc/level.h: a page never lies in two chunks
+
+
 def prefix(
     kernels: Kernels,
     pages: Pages,
@@ -22,10 +25,13 @@ def prefix(
     scale: float,
     rows: Tensor | None = None,
     lists: Lists | None = None,
+    peaks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rows (None: all) to what `lists` name of their prefixes (None: all): float32 [n, H, D], [n, H].
 
-    The log-sum-exp is natural; a row that reads nothing gets 0 and -inf. Raises ValueError.
+    The log-sum-exp is natural; a row that reads nothing gets 0 and -inf. peaks: float32 [n, H, P] to be filled with
+    each row's largest scaled score per page where it reads a whole prefix, -inf elsewhere; the page size must then
+    divide PEAK_CHUNK. Raises ValueError.
     """
     asked = query(q_RHD, rows, pages.head_dim, scale)
     out = torch.empty(asked.computed, asked.heads, pages.head_dim)
@@ -36,7 +42,10 @@ def prefix(
         check("indptr", lists.indptr, (owners * lists.heads + 1,), torch.int64)
         check("whole", lists.whole, (segments.count,), torch.uint8)
         listed = ref(lists.c)
-    where = (out.data_ptr(), lse.data_ptr())
+    where: tuple[int | None, ...] = (out.data_ptr(), lse.data_ptr(), None, 0)
+    if peaks is not None:
+        check("peaks", peaks, (asked.computed, asked.heads, None), torch.float32)
+        where = (*where[:2], peaks.data_ptr(), peaks.shape[2])
     kernels.call("losa_prefix", ref(pages.c), ref(segments.c), ref(asked.c), listed, *where)
     return out, lse
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-ABI = 3
+ABI = 4
 LEVELS = ("portable", "avx2", "avx512")
 SHARES = {"max": 0, "mean": 1, "none": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -88,7 +88,7 @@ class CLists(ctypes.Structure):
 
 _RUN, _POOL, _GROUP, _QUERY = POINTER(CRun), POINTER(CPool), POINTER(CGroup), POINTER(CQuery)
 SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "losa_prefix": (_RUN, _POOL, _GROUP, _QUERY, POINTER(CLists), c_void_p, c_void_p),
+    "losa_prefix": (_RUN, _POOL, _GROUP, _QUERY, POINTER(CLists), c_void_p, c_void_p, c_void_p, c_int64),
     "losa_prefill": (_RUN, _POOL, _GROUP, _QUERY, c_void_p, c_void_p),
     "losa_block": (_RUN, _QUERY, c_void_p, c_void_p, c_int64, c_int32, c_int32, *(c_void_p,) * 4),
     "losa_merge": (_RUN, c_int64, c_int32, *(c_void_p,) * 5),

@@ -12,6 +12,9 @@ from torch import Tensor
 from losa_kernels.reference.paging import gather_pages, gather_rows, position_rows
 
 
+REMAINDER = 1e-4
+
+
 def fold_heads(q_RHD: Tensor, groups: int) -> Tensor:
     """Queries that share a KV head become rows of one matrix: [R, H, D] -> [groups, R * H / groups, D]."""
     rows, heads, dim = q_RHD.shape
@@ -53,6 +56,19 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     total = weight_a + weight_b
     out = weight_a[..., None] * out_a.float() + weight_b[..., None] * out_b.float()
     return out / total.masked_fill(total == 0.0, 1.0)[..., None], top + torch.log(total)
+
+
+def remove_state(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of a list that are not in a part of it, the inverse of `merge_states`: [X, D] and [X].
+
+    What remains with less than 1e-4 of the weight is lost in float32 and given as nothing (0 and -inf).
+    """
+    rest = 1.0 - torch.exp(lse_part - lse.masked_fill(lse == -torch.inf, torch.inf))
+    left = rest > REMAINDER
+    divisor = rest.masked_fill(~left, 1.0)
+    remaining = (out - (1.0 - divisor)[..., None] * out_part) / divisor[..., None]
+    lse_rest = (lse + torch.log(divisor)).masked_fill(~left, -torch.inf)
+    return remaining.masked_fill(~left[..., None], 0.0), lse_rest
 
 
 def block_attention(q_SBHD: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, scale: float) -> tuple[Tensor, Tensor]:

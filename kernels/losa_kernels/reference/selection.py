@@ -77,6 +77,17 @@ def union_rows(chosen_RGP: Tensor, segment_R: Tensor, segments: int) -> Tensor:
     return votes.index_add_(0, segment_R, chosen_RGP.to(torch.int32)) > 0
 
 
+def page_peaks(q_RHD: Tensor, keys_GND: Tensor, scale: float, page_size: int) -> Tensor:
+    """Largest scale q . k over the keys of each page, per row and query head: float32 [R, H, ceil(N / page_size)]."""
+    rows, heads, dim = q_RHD.shape
+    groups, length = keys_GND.shape[:2]
+    q_GXD = q_RHD.float().view(rows, groups, -1, dim).transpose(0, 1).reshape(groups, -1, dim)
+    scores_GXN = (q_GXD @ keys_GND.float().transpose(1, 2)) * scale
+    padded = torch.nn.functional.pad(scores_GXN, (0, -length % page_size), value=-torch.inf)
+    peaks = padded.view(groups, rows, heads // groups, -1, page_size).amax(-1)
+    return peaks.transpose(0, 1).reshape(rows, heads, -1)
+
+
 def key_mass(
     q_RHD: Tensor,
     lse_RH: Tensor,

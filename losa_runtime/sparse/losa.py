@@ -7,44 +7,77 @@ First step of a block: dense prefix attention for all rows; output and log-sum-e
   4. their fresh output and log-sum-exp replace the remembered ones; stable rows keep theirs,
   5. the result is merged with dense attention inside the block (done by the caller).
 
-Decided here, because the paper leaves it open: 5 of 16 rows are active by default; a KV group shares one list (largest
-score among its query heads); active rows read the whole union and not their own part of it; no layer is kept dense and
-nothing is refreshed densely inside a block; the reference of the change is the previous step and not the last refresh;
-a prefix within the budget is read whole, by active rows only, so that just staleness remains.
-S segments, B block length, R = S * B rows, H query heads, D head dim.
+Decided here as defaults, because the paper leaves it open or can be read both ways; each is an option, so that it can
+be measured: 5 of 16 rows are active (the request's `active_*`); one active set for all heads and not one per head
+(granularity); the change is measured from the previous step and not from the last refresh (reference); the first step
+is dense (first_step; the paper's ablation prefers it); active rows read the whole union and not their own part of it
+(pages); a KV group shares one list, by the largest score among its query heads (share); nothing is refreshed densely
+inside a block (refresh_every) and no layer is kept dense (dense_layers). Decided for good: a prefix within the budget
+is read whole, by active rows only, so that just staleness remains.
+S segments, B block length, R = S * B rows, n planned rows, H query heads, D head dim.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
 from losa_runtime.cache.kv_pool import Summary
-from losa_runtime.sparse.method import SparseMethod
-from losa_runtime.sparse.pages import plan_pages
+from losa_runtime.sparse.memory import BlockMemory, Geometry
+from losa_runtime.sparse.method import MethodOptions, SparseMethod
+from losa_runtime.sparse.pages import PageOptions, plan_pages
 from losa_runtime.sparse.step import DenoiseStep
 
 
-class Losa(SparseMethod):
-    """Remembers, per slot and layer, the previous query and the prefix attention of each row of the current block."""
+class LosaOptions(PageOptions):
+    """What LoSA leaves open."""
 
+    granularity: Literal["layer", "head"] = "layer"
+    """One active set per layer for all heads (how the paper's figures sort tokens), or one per query head by that
+    head's part of the query. With "head" a row is computed if any of its heads is active, only active heads choose
+    pages, and only their results replace remembered ones."""
+
+    reference: Literal["step", "refresh"] = "step"
+    """What a query is compared with: that of the previous step, as the paper says, or that of the row's (with
+    granularity "head": the head's) last refresh. The first does not see a slow drift, the second bounds it."""
+
+    first_step: Literal["dense", "sparse"] = "dense"
+    """The first step of a block: all rows over the whole prefix, or over pages chosen as in later steps. Dense is
+    what the paper does and found better."""
+
+    refresh_every: int = Field(default=0, ge=0)
+    """Steps n, 2 n, … of a block (counted from 0) recompute all rows over the whole prefix; 0: none does. The paper
+    describes no such refresh. 1 is dense attention, but for a sparse first step."""
+
+
+class Losa(SparseMethod):
+    """Remembers, per slot and layer, an earlier query and the prefix attention of each row of the current block."""
+
+    Options: ClassVar[type[MethodOptions]] = LosaOptions
     summaries: ClassVar[frozenset[Summary]] = frozenset({Summary.KEY_BOUNDS})
     has_active_rows: ClassVar[bool] = True
 
+    def __init__(self, geometry: Geometry, memory: BlockMemory) -> None:
+        super().__init__(geometry, memory)
+        self._heads_nH: Tensor | None = None  # of the rows just planned, until they are completed
+
     def plan(self, layer: int, q_RHD: Tensor, step: DenoiseStep, backend: AttentionBackend) -> PrefixPlan:
+        options = step.options
+        assert isinstance(options, LosaOptions)
         self.memory.begin(layer, step)
-        q_SBHD = q_RHD.view(len(step.slots), self.geometry.block_length, *q_RHD.shape[1:])
-        before_XBHD = self.memory.query(layer, q_RHD)
-        if all(step.opens):
-            rows = None
-            before_XBHD[step.slots_S] = q_SBHD
-        else:
-            rules = (step.active_count_S, step.active_tau_S)
-            rows = backend.changed_rows(q_SBHD, before_XBHD, step.slots_S, step.opens, *rules)
-        whole = tuple(first or covered for first, covered in zip(step.opens, step.whole, strict=True))
-        return plan_pages(layer, q_RHD, rows, whole, step, backend, self.geometry)
+        if layer < options.dense_layers:
+            return PrefixPlan()
+        every = options.refresh_every
+        refreshed = tuple(bool(every) and n > 0 and n % every == 0 for n in step.numbers)
+        fresh = tuple(first or again for first, again in zip(step.opens, refreshed, strict=True))
+        dense = fresh if options.first_step == "dense" else refreshed
+        whole = tuple(covered or all_ for covered, all_ in zip(step.whole, dense, strict=True))
+        rows, self._heads_nH = self._active(layer, q_RHD, fresh, options, step, backend)
+        return plan_pages(layer, q_RHD, rows, whole, options, step, backend, self.geometry, self._heads_nH)
 
     def complete(
         self,
@@ -55,4 +88,37 @@ class Losa(SparseMethod):
         step: DenoiseStep,
         backend: AttentionBackend,
     ) -> AttnState:
+        options = step.options
+        assert isinstance(options, LosaOptions)
+        if layer < options.dense_layers:
+            return got
+        if self._heads_nH is not None:
+            kept = self.memory.prefix.read(layer, step.place_R[plan.rows])
+            out_nHD = torch.where(self._heads_nH[..., None], got.out_RHD, kept.out_RHD)
+            got = AttnState(out_nHD, torch.where(self._heads_nH, got.lse_RH, kept.lse_RH))
         return self.memory.renew(layer, plan.rows, got, step)
+
+    def _active(
+        self,
+        layer: int,
+        q_RHD: Tensor,
+        fresh: tuple[bool, ...],
+        options: LosaOptions,
+        step: DenoiseStep,
+        backend: AttentionBackend,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Rows to compute (None: all) and which of their heads, bool [n, H] (None: all); notes the queries.
+
+        fresh: segments all of whose rows are computed.
+        """
+        q_SBHD = q_RHD.view(len(step.slots), self.geometry.block_length, *q_RHD.shape[1:])
+        before_XBHD = self.memory.query(layer, q_RHD)
+        if all(fresh):
+            before_XBHD[step.slots_S] = q_SBHD
+            return None, None
+        rules = (fresh, step.active_count_S, step.active_tau_S, options.reference == "refresh")
+        if options.granularity == "layer":
+            return backend.changed_rows(q_SBHD, before_XBHD, step.slots_S, *rules), None
+        heads_RH = backend.changed_heads(q_SBHD, before_XBHD, step.slots_S, *rules)
+        rows = heads_RH.any(1).nonzero().flatten()
+        return rows, heads_RH[rows]

@@ -1,15 +1,34 @@
 """Choosing pages by bounds: the step that QUEST and LoSA share. Keeps no state and knows no rule about rows.
 
-R rows, H query heads, D head dim.
+R rows, n planned rows, H query heads, D head dim.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend, PageChoice, PrefixPlan
 from losa_runtime.sparse.memory import Geometry
+from losa_runtime.sparse.method import MethodOptions
 from losa_runtime.sparse.step import DenoiseStep
+
+
+class PageOptions(MethodOptions):
+    """How pages are chosen and where nothing is chosen; neither paper says how to do it in a block."""
+
+    share: Literal["max", "mean", "none"] = "max"
+    """One list of pages per KV head, by the largest or the mean score of its query heads; "none": one per query head,
+    as in QUEST's evaluation code. The heads of a group then load up to as many times more."""
+
+    pages: Literal["union", "own"] = "union"
+    """What a row reads: all that any row of its block chose, or its own choice. As much is loaded either way."""
+
+    dense_layers: int = Field(default=0, ge=0)
+    """The first layers in which every row reads everything in every step. QUEST's code keeps two; here none, so that
+    the density of methods can be compared and small models still select."""
 
 
 def plan_pages(
@@ -17,17 +36,20 @@ def plan_pages(
     q_RHD: Tensor,
     rows: Tensor | None,
     whole: tuple[bool, ...],
+    options: PageOptions,
     step: DenoiseStep,
     backend: AttentionBackend,
     geometry: Geometry,
+    heads_nH: Tensor | None = None,
 ) -> PrefixPlan:
-    """Read, for these rows (None = all), the pages with the best bounds; the rows of a segment share the union.
+    """Read, for these rows (None = all), the pages with the best bounds, in lists as `share` and `pages` say.
 
-    whole: segments that read their whole prefix and are not scored. Each row selects budget / page_size pages per KV
-    head.
+    whole: segments that read their whole prefix and are not scored. Each row selects budget / page_size pages per list.
+    heads_nH: bool, the query heads of each row for which it selects (None = all); a list without any is empty.
     """
     if all(whole):
         return PrefixPlan(rows)
     best_S = step.budget_S // geometry.page_size
-    kv, scored = backend.select_pages(layer, q_RHD, rows, whole, best_S, step.group)
+    choice = PageChoice(options.share, per_row=options.pages == "own")
+    kv, scored = backend.select_pages(layer, q_RHD, rows, whole, best_S, step.group, choice, heads_nH)
     return PrefixPlan(rows, kv, geometry.page_size, scored)

@@ -1,14 +1,19 @@
-"""QUEST adapted to blocks: all rows, each step, the union of their pages."""
+"""QUEST adapted to blocks: all rows, each step, the union of their pages; and what its options make of that."""
 
 from __future__ import annotations
 
-from tests.sparse.oracles.bounds import chosen_positions
+from typing import Any
+
+from tests.sparse.oracles.bounds import listed_positions
 from tests.sparse.oracles.maths import Scene, States
 
 
 def prefix_states(scene: Scene) -> States:
     """Every row over the union of the rows' pages."""
-    if len(scene.keys) <= scene.sparse.token_budget:
+    options: Any = scene.sparse.options
+    opening = scene.step == 0 and options.first_step == "dense"
+    if opening or scene.layer < options.dense_layers or len(scene.keys) <= scene.sparse.token_budget:
         return scene.dense()
-    listed = {g: chosen_positions(scene, list(scene.rows), g) for g in range(scene.keys.shape[1])}
-    return {(r, h): scene.attend(r, h, listed[scene.kv_head(h)]) for r in scene.rows for h in scene.heads}
+    every = {(row, head) for row in scene.rows for head in scene.heads}
+    lists = listed_positions(scene, every, options.share, options.pages)
+    return {(row, head): scene.attend(row, head, lists[row, head]) for row, head in every}

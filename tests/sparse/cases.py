@@ -9,15 +9,16 @@ from tests.sparse.stage import params
 
 
 class Case(NamedTuple):
-    """One method.
+    """One method, or one choice of its options (choices.py).
 
-    options: those of the suite, if not the default ones. full: further ones under which a full budget with all rows active is dense attention. keeps_state: whether a later step
-    needs its opening step. opens_dense: whether the first steps read everything. active: rows recomputed in a later
-    step when the request says 3 (None: it varies). opening: how many steps are first ones when 8 are planned. first,
-    later: what is read to choose in the last of the first steps and in those behind it, "nothing", "summaries" or
-    "keys" or a number of vectors per KV head and layer (None: it varies); in steps before these nothing is. rests:
-    whether a later step may read nothing of the prefix. again: positions per KV head whose K/V the first step
-    reads once more, at a budget of 16.
+    options: those of the suite, if not the default ones. full: further ones under which a full budget with all rows
+    active is dense attention. keeps_state: whether a later step needs its opening step. opens_dense: whether the
+    first steps read everything. active: rows recomputed in a later step when the request says 3 (None: it varies).
+    opening: how many steps are first ones when 8 are planned. first, later: what is read to choose in the last of the
+    first steps and in those behind it, "nothing", "summaries" or "keys" or a number of vectors per KV head and layer
+    (None: it varies); in steps before these nothing is. rests: whether a later step may read nothing of the prefix.
+    again: positions per KV head whose K/V the first step reads once more, at a budget of 16. alike: whether a row
+    reads all that is loaded for its segment and KV head.
     """
 
     options: dict[str, Any] = {}  # noqa: RUF012 - never written to
@@ -30,6 +31,7 @@ class Case(NamedTuple):
     later: str | int | None = "nothing"
     rests: bool = False
     again: int = 0
+    alike: bool = True
 
 
 ALL = -1  # every row of the block

@@ -1,4 +1,4 @@
-"""What every sparse method owes, seven clauses, each asked of every method in the table."""
+"""What every sparse method owes, seven clauses, each asked of every method in the table and of choices of options."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from torch import Tensor
 from losa_runtime.attention.backend import AttnState, PrefixPlan, RowGroup
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.sparse.method import METHODS, method_class
-from tests.sparse.cases import ALL, CASES, usual
+from tests.sparse.cases import ALL
+from tests.sparse.choices import CASES, CHOICES, usual
+from tests.sparse.conftest import SHAPES
 from tests.sparse.oracle import block_outputs
 from tests.sparse.stage import Result, Sizes, Stage, denoise_item, params
 
 PROMPT, STEPS = 80, 4
 
 
-@pytest.fixture(params=METHODS)
-def method(request: pytest.FixtureRequest) -> str:
-    """A name in the table."""
-    name: str = request.param
-    return name
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every method (by name) in every shape, every choice (method/choice) in one of them: in the others it is slow."""
+    if "method" not in metafunc.fixturenames:
+        return
+    asked = [pytest.param(name, sizes, id=f"{shape}-{name}") for shape, sizes in SHAPES.items() for name in METHODS]
+    for index, name in enumerate(CHOICES):
+        for number, (shape, sizes) in enumerate(SHAPES.items()):
+            marks = () if number == index % len(SHAPES) else (pytest.mark.slow,)
+            asked.append(pytest.param(name, sizes, id=f"{shape}-{name}", marks=marks))
+    metafunc.parametrize(("method", "sizes"), asked)
 
 
 def run(sizes: Sizes, sparse: SparseParams, prompt: int = PROMPT, seed: int = 0) -> list[Result]:
@@ -85,10 +92,10 @@ def test_2_rows_and_indices_are_in_range_sorted_and_unique(sizes: Sizes, method:
         assert all(0 <= a < b for a, b in pairwise([*rows, 3 * sizes.block]))
         if plan.kv is None:
             continue
-        ends = plan.kv.indptr.tolist()
-        assert ends[0] == 0 and ends[-1] == len(plan.kv.indices) and len(ends) == 3 * plan.kv.heads + 1
+        ends, owners = plan.kv.indptr.tolist(), [row // sizes.block for row in rows] if plan.kv.per_row else [0, 1, 2]
+        assert ends[0] == 0 and ends[-1] == len(plan.kv.indices) and len(ends) == len(owners) * plan.kv.heads + 1
         for entry, (first, last) in enumerate(pairwise(ends)):
-            owner = entry // plan.kv.heads
+            owner = owners[entry // plan.kv.heads]
             granules = -(-group.prefix_lens[owner] // plan.granule)
             listed = plan.kv.indices[first:last].tolist()
             assert all(0 <= a < b for a, b in pairwise([*listed, granules]))
@@ -161,7 +168,8 @@ def test_7_reports_what_was_read(sizes: Sizes, method: str) -> None:
     for step, report in enumerate(reports):
         assert 0.0 <= report.kv_density_q <= report.kv_density <= 1.0 and not report.bypassed
         assert report.kv_density_q > 0.0 or (CASES[method].rests and step)
-        assert report.dense == (report.kv_density == 1.0 and report.active_rows == sizes.block)
+        everything = report.kv_density == 1.0 and report.active_rows == sizes.block
+        assert report.dense == everything or (everything and not CASES[method].alike)
         again = CASES[method].again if step == 0 else 0
         read = (report.kv_density * PROMPT + again) * sizes.layers
         assert report.kv_bytes == pytest.approx(2 * read * vector * itemsize, abs=1)
@@ -180,5 +188,6 @@ def test_7_reports_what_was_read(sizes: Sizes, method: str) -> None:
     if case.active is not None:
         active = sizes.block if case.active == ALL else case.active
         assert all(report.active_rows == active for report in reports[1:])
+    has_budget = method_class(method.partition("/")[0]).has_budget
     small = run(sizes, usual(method), prompt=16)[1].report
-    assert small is not None and small.bypassed == method_class(method).has_budget and small.metadata_bytes == 0
+    assert small is not None and small.bypassed == has_budget and small.metadata_bytes == 0

@@ -13,7 +13,7 @@ import torch
 
 import losa_runtime
 from losa_runtime.attention.backend import BackendConfig, make_backend
-from losa_runtime.cache.kv_pool import KVPool
+from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.cache.prefix_cache import PrefixCache
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.config import DType, EngineConfig
@@ -28,7 +28,8 @@ from losa_runtime.models.model import load_model
 from losa_runtime.runner.model_runner import ModelRunner
 from losa_runtime.runner.unmask import Unmasker
 from losa_runtime.sparse.memory import Geometry
-from losa_runtime.sparse.method import METHODS, declared_summaries, make_methods, total_state_bytes
+from losa_runtime.sparse.method import declared_summaries, make_methods, total_state_bytes
+from losa_runtime.sparse.resolve import offered_methods
 from losa_runtime.sparse.resolve import resolve as resolve_sparse
 from losa_runtime.tokenizer import Tokenizer
 
@@ -75,7 +76,7 @@ class Parts(NamedTuple):
             "attention_backend": type(self.runner.backend).__name__,
             "page_size": pool.page_size,
             "max_total_tokens": pool.num_pages * pool.page_size,
-            "kv_pool_bytes": pool.num_pages * _page_bytes(model, pool.page_size, pool.dtype),
+            "kv_pool_bytes": pool.num_pages * _page_bytes(model, pool.page_size, pool.dtype, pool.summaries),
             "max_running_requests": config.max_running_requests,
             "chunked_prefill_size": config.chunked_prefill_size,
             "radix_cache": self.cache.reuse,
@@ -84,7 +85,7 @@ class Parts(NamedTuple):
             "deterministic": config.deterministic,
             "fused_commit": not config.disable_fused_commit,
             "sparse_method": config.sparse_method,
-            "sparse_methods": list(METHODS),
+            "sparse_methods": list(self.runner.methods),
             "token_budget": self.sparse.token_budget,
             "sparse_options": self.sparse.options.model_dump(),
             "algorithm": config.algorithm,
@@ -141,7 +142,8 @@ def assemble(config: EngineConfig) -> Parts:
     )
     model = load_model(folder, model_config, dtype, device, config.show_progress)
     use_row_tile(model, ROW_TILE if config.deterministic else None)
-    reserved = total_state_bytes(geometry, dtype.itemsize)
+    offered = offered_methods(config)
+    reserved = total_state_bytes(geometry, dtype.itemsize, offered)
     num_pages = _num_pages(config, model_config, kv_dtype, device, context_length, reserved)
     pool = KVPool(
         num_layers=model_config.num_layers,
@@ -151,7 +153,7 @@ def assemble(config: EngineConfig) -> Parts:
         head_dim=model_config.head_dim,
         dtype=kv_dtype,
         device=device,
-        summaries=declared_summaries(),
+        summaries=declared_summaries(offered),
     )
     backend = make_backend(config.attention_backend, backend_config, pool)
     unmasker = Unmasker(model, model_config.mask_token_id, tokenizer.vocab_size, model_config.block_length)
@@ -167,7 +169,7 @@ def assemble(config: EngineConfig) -> Parts:
             reuse=not config.disable_radix_cache,
             by_frequency=config.radix_eviction_policy == "lfu",
         ),
-        runner=ModelRunner(model, backend, make_methods(geometry), unmasker, device),
+        runner=ModelRunner(model, backend, make_methods(geometry, offered), unmasker, device),
         geometry=geometry,
         sparse=sparse,
         context_length=context_length,
@@ -209,10 +211,8 @@ def _context_length(config: EngineConfig, model: ModelConfig) -> int:
     return wanted - wanted % model.block_length
 
 
-def _page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-    return KVPool.bytes_per_page(
-        model.num_layers, model.num_kv_heads, page_size, model.head_dim, dtype, declared_summaries()
-    )
+def _page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype, summaries: frozenset[Summary]) -> int:
+    return KVPool.bytes_per_page(model.num_layers, model.num_kv_heads, page_size, model.head_dim, dtype, summaries)
 
 
 def _num_pages(
@@ -224,7 +224,7 @@ def _num_pages(
     reserved: int,
 ) -> int:
     """Pages of the pool: as asked, else a share of the memory that is free now, less `reserved` bytes."""
-    page_bytes = _page_bytes(model, config.page_size, dtype)
+    page_bytes = _page_bytes(model, config.page_size, dtype, declared_summaries(offered_methods(config)))
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     free = max(0, free - reserved)
     least = -(-model.block_length // config.page_size) * 2

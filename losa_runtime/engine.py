@@ -19,6 +19,7 @@ from losa_runtime.core.request import Request, RequestOutput
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.decoding.penalties import check_logit_bias
 from losa_runtime.decoding.registry import resolve as resolve_decoding
+from losa_runtime.scheduler.costs import ReadSum
 from losa_runtime.scheduler.req import Req, ReqSettings
 from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
 from losa_runtime.sparse.resolve import resolve as resolve_sparse
@@ -55,6 +56,7 @@ class Engine:
         self._arrivals = 0
         self._next_check = 0.0
         self._forwards = self._generated = 0
+        self._read = ReadSum()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -64,6 +66,7 @@ class Engine:
         results = self.parts.runner.run(work)
         outputs = self.scheduler.commit(results)
         self._forwards += bool(work.items)
+        self._read.add(result.cost for result in results if result.cost is not None)
         self._generated += sum(len(output.token_ids) for output in outputs)
         self._check_when_idle()
         return outputs
@@ -196,4 +199,5 @@ class Engine:
             "requests": self._arrivals,
             "forwards": self._forwards,
             "generated_tokens": self._generated,
+            **self._read.stats(),
         }

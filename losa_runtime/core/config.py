@@ -38,7 +38,8 @@ class EngineConfig(BaseModel):
     radix_eviction_policy: which unlocked prefix goes first: least recently or least frequently used.
     block_length, mask_token_id, rope_scaling: override the checkpoint's config.
     sparse_method … denoising_steps: defaults of `DiffusionParams`, see there. token_budget: None = 1024, or the context
-    if that is shorter. sparse_options: of `sparse_method`; they are not for requests that choose another method.
+    if that is shorter. sparse_methods: what requests may choose, None = any; only their page summaries and state take
+    memory. sparse_options: of `sparse_method`; they are not for requests that choose another method.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -68,6 +69,7 @@ class EngineConfig(BaseModel):
     radix_eviction_policy: Literal["lru", "lfu"] = "lru"
 
     sparse_method: str = "dense"
+    sparse_methods: tuple[str, ...] | None = Field(default=None, min_length=1)
     token_budget: int | None = Field(default=None, gt=0)
     active_tokens: int | None = Field(default=None, ge=0)
     active_ratio: float | None = Field(default=None, ge=0.0, le=1.0)

@@ -23,8 +23,8 @@ class SegmentReport(NamedTuple):
     kv_density_q: the same per query head, before the union over the group. An empty prefix that was to be read whole
     counts as 1. row_shares: per row of the block, the share of layers in which its prefix attention was computed.
     dense: every row read the whole prefix in every layer. bypassed: no selection took place because the budget covers
-    the prefix. kv_bytes: prefix K/V loaded; metadata_bytes: page summaries and keys loaded to choose them; dense_bytes: K/V
-    of the whole prefix; all three over all layers.
+    the prefix. kv_bytes: prefix K/V loaded; metadata_bytes: page summaries and keys loaded to choose them; dense_bytes:
+    K/V of the whole prefix; all three over all layers.
     """
 
     segment: Segment

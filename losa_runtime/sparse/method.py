@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -97,21 +98,21 @@ def method_class(name: str) -> type[SparseMethod]:
     return found
 
 
-def make_methods(geometry: Geometry) -> dict[str, SparseMethod]:
-    """Every method by name. State is allocated when a method is first used."""
+def make_methods(geometry: Geometry, names: Collection[str] = tuple(METHODS)) -> dict[str, SparseMethod]:
+    """The methods of these names (all, unless said otherwise). State is allocated when a method is first used."""
     memory = BlockMemory(geometry)
-    return {name: method_class(name)(geometry, memory) for name in METHODS}
+    return {name: method_class(name)(geometry, memory) for name in names}
 
 
-def total_state_bytes(geometry: Geometry, itemsize: int) -> int:
-    """Memory for the state of all methods: any request may choose any of them, so it is kept free from the start.
+def total_state_bytes(geometry: Geometry, itemsize: int, names: Collection[str] = tuple(METHODS)) -> int:
+    """Memory for the state of methods: any request may choose any of them, so it is kept free from the start.
 
     itemsize: bytes of a query's number.
     """
-    own = sum(method_class(name).state_bytes(geometry, itemsize) for name in METHODS)
+    own = sum(method_class(name).state_bytes(geometry, itemsize) for name in names)
     return BlockMemory.bytes(geometry, itemsize) + own
 
 
-def declared_summaries() -> frozenset[Summary]:
-    """What the page pool has to keep so that each request may choose its method."""
-    return frozenset().union(*(method_class(name).summaries for name in METHODS))
+def declared_summaries(names: Collection[str] = tuple(METHODS)) -> frozenset[Summary]:
+    """What the page pool has to keep so that each request may choose among these methods."""
+    return frozenset().union(*(method_class(name).summaries for name in names))

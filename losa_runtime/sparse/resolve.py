@@ -9,7 +9,7 @@ from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import ConfigError, InvalidRequest, invalid_request
 from losa_runtime.core.sampling_params import DiffusionParams
 from losa_runtime.sparse.memory import Geometry
-from losa_runtime.sparse.method import METHODS, MethodOptions, SparseMethod, method_class
+from losa_runtime.sparse.method import METHODS, MethodOptions, SparseMethod, declared_summaries, method_class
 
 ALL_ROWS = ActiveRule("ratio", 1.0)
 DEFAULT_BUDGET = 1024  # tokens; the largest budget in LoSA's tables
@@ -26,13 +26,13 @@ def resolve(wanted: DiffusionParams, config: EngineConfig, geometry: Geometry) -
     The engine's defaults are checked on every call, so resolve(DiffusionParams(), …) at start proves them.
     Raises InvalidRequest for what the request asked, ConfigError for what the configuration says.
     """
-    _check_name(config.sparse_method, None)
+    _check_offer(config)
     if config.token_budget is not None:
         _check_budget(config.token_budget, geometry, None)
     _active_rule(config, geometry.block_length, None)
     defaults = _options(method_class(config.sparse_method), config.sparse_method, config.sparse_options, None)
     name = config.sparse_method if wanted.sparse_method is None else wanted.sparse_method
-    _check_name(name, wanted)
+    _check_name(name, wanted, config)
     method = method_class(name)
     given = wanted.sparse_options or {}
     if name == config.sparse_method:
@@ -44,8 +44,18 @@ def resolve(wanted: DiffusionParams, config: EngineConfig, geometry: Geometry) -
         options=_options(method, name, given, wanted),
         planned_steps=wanted.denoising_steps or config.denoising_steps or geometry.block_length,
     )
-    method.check(params, geometry)
+    try:
+        method.check(params, geometry)
+    except InvalidRequest as problem:
+        if wanted == DiffusionParams():
+            raise ConfigError(str(problem).removeprefix("custom_params.")) from None
+        raise
     return params
+
+
+def offered_methods(config: EngineConfig) -> tuple[str, ...]:
+    """The methods that requests may choose."""
+    return tuple(METHODS) if config.sparse_methods is None else config.sparse_methods
 
 
 def _refusal(source: DiffusionParams | None, field: str, found: object, allowed: str) -> InvalidRequest | ConfigError:
@@ -55,9 +65,24 @@ def _refusal(source: DiffusionParams | None, field: str, found: object, allowed:
     return InvalidRequest(f"custom_params.{field}", found, allowed)
 
 
-def _check_name(name: str, source: DiffusionParams | None) -> None:
-    if name not in METHODS:
-        raise _refusal(source, "sparse_method", name, ", ".join(METHODS))
+def _check_offer(config: EngineConfig) -> None:
+    """The configuration's own names."""
+    for name in offered_methods(config):
+        if name not in METHODS:
+            raise _refusal(None, "sparse_methods", name, ", ".join(METHODS))
+    _check_name(config.sparse_method, None, config)
+
+
+def _check_name(name: str, source: DiffusionParams | None, config: EngineConfig) -> None:
+    offered = offered_methods(config)
+    if name in offered:
+        return
+    allowed = ", ".join(offered)
+    if name in METHODS:
+        missing = method_class(name).summaries - declared_summaries(offered)
+        kept = f"its pages keep no {', '.join(sorted(kind.name.lower() for kind in missing))}" if missing else ""
+        allowed += f" (this engine was started without {name!r} in sparse_methods{'; ' + kept if kept else ''})"
+    raise _refusal(source, "sparse_method", name, allowed)
 
 
 def _budget(

@@ -16,7 +16,7 @@ from tests.engine.test_exact import prompt
 
 SHARED = prompt(48, seed=0)
 PROMPTS = [SHARED + prompt(n, seed=n) for n in (3, 16, 100, 333)]
-METHODS = ["dense", "losa", "quest"]
+METHODS = ["dense", "losa", "quest", "losa_plus", "mage"]
 
 
 def logits_by_row(llm: LLM, prompts: list[list[int]], method: str) -> dict[tuple[int, int, int], Tensor]:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from losa_runtime import LLM, SamplingParams
 from losa_runtime.core.sampling_params import DiffusionParams
+from losa_runtime.sparse.method import METHODS, method_class
 from tests.engine import plain_loop
+from tests.sparse.cases import CASES
 
 RULES = ["sequential", "low_confidence_static", "low_confidence_dynamic"]
 
@@ -154,12 +156,41 @@ def test_a_warm_cache_skips_the_prefill(tiny: LLM) -> None:
     assert warm.token_ids == cold.token_ids
 
 
-def test_full_budget_equals_dense_for_each_method(tiny: LLM) -> None:
-    ids = prompt(100, seed=12)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dense"])
+def test_full_budget_equals_dense(tiny: LLM, method: str) -> None:
+    ids, asks = prompt(100, seed=12), {"sparse_method": method, "sparse_options": CASES[method].full}
+    if method_class(method).has_budget:
+        asks["token_budget"] = 512
+    if method_class(method).has_active_rows:
+        asks["active_tokens"] = 16
     [dense] = tiny.generate([ids], greedy(40, sparse_method="dense"))
-    [quest] = tiny.generate([ids], greedy(40, sparse_method="quest", token_budget=1024))
-    [losa] = tiny.generate([ids], greedy(40, sparse_method="losa", token_budget=1024, active_tokens=16))
-    assert dense.token_ids == quest.token_ids == losa.token_ids
+    [sparse] = tiny.generate([ids], greedy(40, **asks))
+    assert dense.token_ids == sparse.token_ids
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_accounts_for_its_bytes(tiny: LLM, method: str) -> None:
+    """Per request, and added up over the engine."""
+    wish: dict[str, Any] = {"token_budget": 32} if method_class(method).has_budget else {}
+    if method == "flashblock":
+        wish = {"sparse_options": {"refresh_tokens": 6}}  # two tokens are accepted per step
+    before = tiny.engine.stats()
+    fixed = {"algorithm": "low_confidence_static", "denoising_steps": 8}
+    answers = tiny.generate([prompt(320, seed=n) for n in (1, 2)], greedy(32, sparse_method=method, **wish, **fixed))
+    after = tiny.engine.stats()
+    for field in ("kv_bytes", "metadata_bytes", "dense_bytes", "denoise_steps"):
+        total = sum(getattr(answer.stats, field) for answer in answers)
+        assert isinstance(after[field], int) and after[field] - before[field] == total
+    for answer in answers:
+        stats, config = answer.stats, tiny.engine.parts.model_config
+        vector = config.num_layers * config.num_kv_heads * config.head_dim * 4
+        assert stats.dense_bytes == 8 * (320 + 336) * 2 * vector
+        assert stats.block_bytes_ratio == (stats.kv_bytes + stats.metadata_bytes) / stats.dense_bytes
+        assert stats.bytes_ratio is not None and stats.active_overlap is not None
+        if method == "dense":
+            assert stats.bytes_ratio == stats.block_bytes_ratio == stats.active_overlap == 1.0
+        else:
+            assert stats.bytes_ratio < 0.75 and stats.block_bytes_ratio < 1.0
 
 
 def test_sparse_requests_report_what_they_read(tiny: LLM) -> None:

@@ -55,7 +55,7 @@ def test_defaults_and_precedence() -> None:
 @pytest.mark.parametrize(
     ("wanted", "field", "allowed"),
     [
-        ({"sparse_method": "sparsest"}, "sparse_method", "dense, quest, losa"),
+        ({"sparse_method": "sparsest"}, "sparse_method", "dense, quest, losa, "),
         ({"sparse_method": "losa", "token_budget": 100}, "token_budget", "e.g. 96 or 112"),
         ({"sparse_method": "quest", "token_budget": 3}, "token_budget", "e.g. 16"),
         ({"sparse_method": "losa", "active_tokens": 17}, "active_tokens", "at most the block length 16"),
@@ -63,19 +63,65 @@ def test_defaults_and_precedence() -> None:
         ({"sparse_method": "quest", "active_ratio": 0.5}, "active_ratio", "absent"),
         ({"active_tau": 0.5}, "active_tau", "absent"),
         ({"token_budget": 64}, "token_budget", "absent"),
+        ({"sparse_method": "losa", "token_budget": 8192}, "token_budget", "at most the context length 4096"),
+        ({"sparse_method": "dense", "sparse_options": {"speed": 9}}, "sparse_options", "'dense' has no options"),
+        ({"sparse_method": "losa_plus", "sparse_options": {"speed": 9}}, "sparse_options", "tolerance, remainder"),
+        ({"sparse_method": "losa_plus", "sparse_options": {"tolerance": -1.0}}, "sparse_options", "greater than"),
+        ({"sparse_method": "losa_plus", "sparse_options": {"granule": "word"}}, "sparse_options", "'token' or 'page'"),
     ],
 )
 def test_refusals_of_requests(wanted: dict[str, Any], field: str, allowed: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         settled(wanted)
+    value = wanted[field]
+    if isinstance(value, dict):
+        [(name, value)] = value.items()
+        field = f"{field}.{name}"
     assert caught.value.field == f"custom_params.{field}"
-    assert caught.value.found == wanted[field] and allowed in caught.value.allowed
+    assert caught.value.found == value and allowed in caught.value.allowed
+
+
+def test_methods_that_are_not_offered_are_refused_with_the_reason() -> None:
+    few = {"sparse_methods": ("dense", "mage")}
+    assert settled({"sparse_method": "mage"}, **few).method == "mage"
+    with pytest.raises(InvalidRequest, match=r"allowed: dense, mage .*'quest'.*its pages keep no key_bounds"):
+        settled({"sparse_method": "quest"}, **few)
+    with pytest.raises(InvalidRequest, match=r"without 'losa_plus' in sparse_methods\)$"):
+        settled({"sparse_method": "losa_plus"}, **few)
+    with pytest.raises(ConfigError, match="sparse_method: found 'dense', allowed: mage"):
+        settled(sparse_methods=("mage",))
+    with pytest.raises(ConfigError, match="sparse_methods: found 'sparsest'"):
+        settled(sparse_methods=("dense", "sparsest"))
+
+
+def test_options_of_the_engine_belong_to_its_method() -> None:
+    engine = {"sparse_method": "losa_plus", "sparse_options": {"tolerance": 0.2, "granule": "page"}}
+    assert settled(**engine).options.model_dump(exclude_unset=True) == {"tolerance": 0.2, "granule": "page"}
+    own = settled({"sparse_options": {"tolerance": 0.3}}, **engine).options
+    assert own.model_dump(exclude_unset=True) == {"tolerance": 0.3, "granule": "page"}
+    assert settled({"sparse_method": "losa"}, **engine).options.model_dump(exclude_unset=True) == {}
+
+
+def test_the_default_budget_fits_the_context() -> None:
+    short = GEOMETRY._replace(context_length=250)
+    config = EngineConfig.parse(model="m", sparse_method="quest")
+    assert resolve(DiffusionParams(), config, short).token_budget == 240
+    with pytest.raises(InvalidRequest, match="token_budget: found 256, allowed: at most the context length 250"):
+        resolve(DiffusionParams(token_budget=256), config, short)
+
+
+def test_a_methods_own_check_blames_the_configuration_if_the_request_wished_nothing() -> None:
+    engine = {"sparse_method": "mage", "sparse_options": {"dense_layers": 2}}
+    with pytest.raises(ConfigError, match=r"sparse_options\.dense_layers"):
+        settled(**engine)
+    with pytest.raises(InvalidRequest, match=r"sparse_options\.dense_layers"):
+        settled(engine)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"sparse_method": "sparsest"}, "sparse_method: found 'sparsest', allowed: dense, quest, losa"),
+        ({"sparse_method": "sparsest"}, "sparse_method: found 'sparsest', allowed: dense, quest, losa, "),
         ({"token_budget": 100}, "token_budget: found 100"),
         ({"active_tokens": 20}, "active_tokens: found 20"),
         ({"active_tokens": 2, "active_tau": 0.5}, "at most one of the three"),

@@ -57,6 +57,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
     sparse = parser.add_argument_group("sparse attention (defaults; a request may choose otherwise in custom_params)")
     _add(sparse, "--sparse-method", metavar="NAME", help="what is read, e.g. dense, quest, losa")
+    _add(
+        sparse,
+        "--sparse-methods",
+        type=_names,
+        metavar="NAMES",
+        help="methods that requests may choose, by commas; pages keep only what these need (default: all)",
+    )
     _add(sparse, "--token-budget", type=int, metavar="N", help="prefix tokens that each query may select")
     rule = sparse.add_mutually_exclusive_group()
     _add(rule, "--active-tokens", type=int, metavar="N", help="LoSA: rows recomputed per step, by count")
@@ -94,6 +101,10 @@ def _add(group: argparse._ActionsContainer, *names: str, **options: Any) -> None
     if "help" in options and not options.get("required") and default not in (None, False):
         options["help"] += f" (default: {default})"
     group.add_argument(*names, default=argparse.SUPPRESS, **options)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""Compares every sparse method on the bundled model, paired on the same seeded samples.
+
+    python -m benchmarks.quality --samples 100
+    python -m benchmarks.quality --quick
+
+Rows go to benchmarks/results/quality.jsonl as they are measured; cells that are already there are not measured again.
+Blocks are denoised in a fixed number of steps (--steps), because the bundled model is sure of most answers at once and
+would leave nothing to later, sparse steps; --adaptive decodes by confidence instead. --quick starts afresh, in build/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks.quality.measure import fill
+from benchmarks.quality.rows import RowFile, Samples
+from benchmarks.quality.runner import Runner
+from benchmarks.quality.settings import BUDGET_SHARES, Decoding, names, settings
+from benchmarks.tiny_model import corpus
+
+CHECKPOINT = Path(__file__).parents[1] / "tiny_model" / "checkpoint"
+RESULTS = Path(__file__).parents[1] / "results"
+QUICK = Path(__file__).parents[2] / "build" / "quality" / "quality.jsonl"
+PAGE_SIZE = 16
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    args = _arguments(argv)
+    console = Console(stderr=True)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.quick:
+        args.out.unlink(missing_ok=True)
+    file = RowFile(args.out)
+    samples = Samples(
+        decoding=Decoding(None if args.adaptive else args.steps),
+        samples=args.samples,
+        per_document=args.per_document,
+        seed=args.seed,
+        page_size=PAGE_SIZE,
+    )
+    runner = Runner(str(args.model), max(args.contexts), PAGE_SIZE)
+    wanted = {
+        context: settings(args.methods, context, args.budgets, PAGE_SIZE, runner.block_length)
+        for context in args.contexts
+    }
+    new = fill(runner, file, wanted, args.tasks, samples, console)
+    console.print(f"{new} new rows in {args.out}")
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default=CHECKPOINT)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="prompt tokens")
+    parser.add_argument("--tasks", nargs="+", choices=corpus.TASKS, default=list(corpus.TASKS))
+    parser.add_argument("--methods", nargs="+", choices=names(), default=names())
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGET_SHARES), help="shares of the context")
+    parser.add_argument("--samples", type=int, default=100, help="questions per cell")
+    parser.add_argument("--per-document", type=int, default=4, help="questions per document")
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps per block (1 to 16)")
+    parser.add_argument("--adaptive", action="store_true", help="as many steps as the confidence rule takes")
+    parser.add_argument("--seed", type=int, default=0, help="of the documents")
+    parser.add_argument("--threads", type=int, default=None, help="default: what torch would take")
+    parser.add_argument("--quick", action="store_true", help="a small grid, under two minutes on two cores")
+    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/quality.jsonl")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.contexts, args.tasks, args.budgets, args.samples = [1024], ["multi_value", "multi_key"], [0.03, 0.12], 8
+    if args.out is None:
+        args.out = QUICK if args.quick else RESULTS / "quality.jsonl"
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

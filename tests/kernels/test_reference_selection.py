@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from losa_kernels.reference.selection import (
     active_rows,
     page_scores,
     query_change,
+    share_heads,
     share_scores,
     top_pages,
     union_rows,
@@ -29,6 +31,31 @@ def test_page_score_is_the_sum_of_channel_maxima_and_a_bound() -> None:
     assert bool((scores[..., None] - truth < 1.0).any())  # and not by being infinite
 
 
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.sampled_from([2, 8, 33])),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_no_key_of_a_page_exceeds_its_bound(
+    seed: int, shape: tuple[int, int, int, int], scale: float, dtype: torch.dtype
+) -> None:
+    """Whatever the number of heads, the fill of the last page, the size and the dtype of the keys."""
+    groups, share, page, dim = shape
+    draw = torch.Generator().manual_seed(seed)
+    q = torch.randn(4, groups * share, dim, generator=draw)
+    keys = (torch.randn(3, groups, page, dim, generator=draw) * scale).to(dtype)
+    filled = torch.tensor([page, page, seed % page + 1])
+    scores = page_scores(q, key_bounds(keys, filled))
+    truth = torch.einsum("rhd,phsd->rhps", q, keys.float().repeat_interleave(share, dim=1))
+    truth.masked_fill_(torch.arange(page) >= filled[:, None], -torch.inf)
+    slack = 1e-5 * scale * dim
+    assert bool((scores[..., None] >= truth - slack).all())
+    if page == 1:
+        torch.testing.assert_close(scores, truth[..., 0], rtol=1e-4, atol=slack)
+
+
 def test_bound_holds_for_rounded_keys() -> None:
     keys = torch.randn(3, 1, 4, 8).to(torch.bfloat16)
     q = torch.randn(2, 1, 8)
@@ -40,6 +67,23 @@ def test_shared_scores_take_max_or_mean_of_the_group() -> None:
     scores = torch.tensor([[[1.0, 5.0], [3.0, 1.0], [0.0, 0.0], [2.0, -2.0]]])
     assert share_scores(scores, 2).tolist() == [[[3.0, 5.0], [2.0, 0.0]]]
     assert share_scores(scores, 2, "mean").tolist() == [[[2.0, 3.0], [1.0, -1.0]]]
+    assert torch.equal(share_scores(scores, 2, "none"), scores)
+
+
+def test_only_some_heads_share() -> None:
+    scores = torch.tensor([[[1.0, 5.0], [3.0, 1.0], [7.0, 0.0], [2.0, -2.0]]])
+    some = torch.tensor([[True, False, True, True]])
+    assert share_scores(scores, 2, "max", some).tolist() == [[[1.0, 5.0], [7.0, 0.0]]]
+    assert share_scores(scores, 2, "mean", some).tolist() == [[[1.0, 5.0], [4.5, -1.0]]]
+    assert share_heads(some & torch.tensor([False, True, True, True]), 2).tolist() == [[False, True]]
+    assert torch.equal(share_heads(some, 2, "none"), some)
+
+
+@pytest.mark.parametrize("heads", [3, 8, 70])
+def test_a_mean_score_does_not_depend_on_rows_and_padding_beside_it(heads: int) -> None:
+    scores = torch.randn(5, 2 * heads, 100)
+    alone = share_scores(scores[:1, :, :37].contiguous(), 2, "mean")
+    assert torch.equal(share_scores(scores, 2, "mean")[:1, :, :37], alone)
 
 
 @settings(deadline=None, max_examples=60)
@@ -77,6 +121,9 @@ def test_query_change_ignores_rotation_and_is_zero_without_change() -> None:
     torch.testing.assert_close(query_change(rotate(now), rotate(before)), plain, rtol=1e-5, atol=1e-6)
     assert plain[0, 0] == 0.0
     torch.testing.assert_close(plain[0, 3], ((now - before)[0, 3] ** 2).mean())
+    heads = query_change(now, before, per_head=True)
+    torch.testing.assert_close(query_change(rotate(now), rotate(before), per_head=True), heads, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(heads.mean(-1), plain)
 
 
 def test_active_rows_by_count_break_ties_to_the_lowest_row() -> None:

@@ -62,10 +62,11 @@ inline void note_peaks(const float* scores, int from, int count, int page_size, 
 }
 
 template <int R>
-inline void dots_of_rows(const float* q, int stride, int depth, int columns, const Tiles& tiles, float* scores) {
+inline void dots_of_rows(const float* q, int stride, int depth, int columns, const Tiles& tiles, float* scores,
+                         Ahead& ahead) {
   in_pieces(columns / W, kAcross, [&](int first, auto across) {
     dots<R, (across.value < kAcross ? across.value : kAcross)>(q, stride, tiles.turned + first * W, depth,
-                                                               scores + first * W);
+                                                               scores + first * W, ahead);
   });
 }
 
@@ -75,15 +76,21 @@ void attend(const float* q, int rows, const Keys& keys, const int32_t* visible, 
   for (int i = 0; i < rows * stride; ++i) state.acc[i] = 0.0f;
   for (int i = 0; i < rows * kLanes; ++i) tiles.lanes[i] = 0.0f;
   for (int r = 0; r < rows; ++r) state.top[r] = kMinusInfinity;
+  Ahead opening(keys.v, keys.dtype, dim, keys.where, keys.count < kKeys ? keys.count : kKeys, 1);
+  opening.step();  // the first values arrive while the first keys are turned and multiplied
   for (int start = 0; start < keys.count; start += kKeys) {
     const int count = keys.count - start < kKeys ? keys.count - start : kKeys, columns = whole_vectors(count);
     const float* values[kKeys];
+    const int follow = keys.count - start - count, next = follow < kKeys ? follow : kKeys;
+    const int64_t* then = keys.where + start + count;
+    Ahead k_ahead(keys.k, keys.dtype, dim, then, next, pieces_of(rows, kDown) * pieces_of(columns / W, kAcross) * dim);
+    Ahead v_ahead(keys.v, keys.dtype, dim, then, next, pieces_of(rows, kDown) * pieces_of(stride / W, kAcross) * count);
     turn_tile(keys.k, keys.dtype, dim, keys.where + start, count, tiles.keys, tiles.turned);
     tile_rows(keys.v, keys.dtype, dim, keys.where + start, count, tiles.values, values);
     in_pieces(rows, kDown, [&](int first, auto down) {
       constexpr int R = down.value;
       float* weights = tiles.weights + first * kKeys;
-      dots_of_rows<R>(q + first * stride, stride, dim, columns, tiles, weights);
+      dots_of_rows<R>(q + first * stride, stride, dim, columns, tiles, weights, k_ahead);
       float shrink[R];
       for (int r = 0; r < R; ++r) {
         int seen = visible ? visible[first + r] - start : count;
@@ -94,7 +101,7 @@ void attend(const float* q, int rows, const Keys& keys, const int32_t* visible, 
       }
       in_pieces(stride / W, kAcross, [&](int part, auto across) {
         mix<R, (across.value < kAcross ? across.value : kAcross)>(weights, values, part * W, count, shrink,
-                                                                  state.acc + first * stride, stride);
+                                                                  state.acc + first * stride, stride, v_ahead);
       });
     });
   }
@@ -150,11 +157,17 @@ void finish(State state, int rows, int dim, float* const* out, float* const* lse
   }
 }
 
-void scores(const float* q, int rows, int share, int depth, const Keys& keys, float* const* out, const Tiles& tiles) {
-  const int columns = whole_vectors(keys.count), stride = stride_of(depth);
+void bounds_scores(const float* q, int rows, int share, const Keys& keys, float* const* out, const Tiles& tiles) {
+  const int columns = whole_vectors(keys.count), stride = stride_of(keys.dim), depth = 2 * keys.dim;
+  Ahead ahead(keys.k, keys.dtype, depth, keys.where + keys.count, keys.ahead,
+              pieces_of(rows, kDown) * pieces_of(columns / W, kAcross) * keys.dim);
   turn_tile(keys.k, keys.dtype, depth, keys.where, keys.count, tiles.keys, tiles.turned);
   in_pieces(rows, kDown, [&](int first, auto down) {
-    dots_of_rows<down.value>(q + first * stride, stride, depth, columns, tiles, tiles.weights + first * kKeys);
+    in_pieces(columns / W, kAcross, [&](int part, auto across) {
+      signed_dots<down.value, (across.value < kAcross ? across.value : kAcross)>(
+          q + first * stride, stride, tiles.turned + part * W, keys.dim, tiles.weights + first * kKeys + part * W,
+          ahead);
+    });
   });
   for (int r = 0; r < rows; r += share) {
     float* best = tiles.weights + r * kKeys;
@@ -166,9 +179,12 @@ void scores(const float* q, int rows, int share, int depth, const Keys& keys, fl
 
 void mass(const float* q, const float* lse, int rows, const Keys& keys, const Tiles& tiles) {
   const int columns = whole_vectors(keys.count), stride = stride_of(keys.dim);
+  Ahead ahead(keys.k, keys.dtype, keys.dim, keys.where + keys.count, keys.ahead,
+              pieces_of(rows, kDown) * pieces_of(columns / W, kAcross) * keys.dim);
   turn_tile(keys.k, keys.dtype, keys.dim, keys.where, keys.count, tiles.keys, tiles.turned);
   in_pieces(rows, kDown, [&](int first, auto down) {
-    dots_of_rows<down.value>(q + first * stride, stride, keys.dim, columns, tiles, tiles.weights + first * kKeys);
+    dots_of_rows<down.value>(q + first * stride, stride, keys.dim, columns, tiles, tiles.weights + first * kKeys,
+                             ahead);
   });
   for (int r = 0; r < rows; ++r) {
     const V shift = splat(lse[r] == kMinusInfinity ? -kMinusInfinity : lse[r]);
@@ -275,6 +291,7 @@ void bounds(const void* keys, int dtype, int dim, int count, void* top, void* bo
 
 namespace losa {
 
-extern const Level LOSA_LEVEL_TABLE = {attend, add, finish, scores, mass, mark_best, distance, copy, bounds, merge};
+extern const Level LOSA_LEVEL_TABLE = {attend,    add,      finish, bounds_scores, mass,
+                                       mark_best, distance, copy,   bounds,        merge};
 
 }  // namespace losa

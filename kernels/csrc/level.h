@@ -27,7 +27,8 @@ struct State {
   float* sum;
 };
 
-// Keys of one chunk: where[i] is the element offset of key i's vector in k and in v.
+// Keys of one chunk: where[i] is the element offset of key i's vector in k and in v. `ahead` further places follow in
+// `where`, those that will be read next; `attend` finds its own.
 struct Keys {
   const void* k;
   const void* v;
@@ -35,6 +36,7 @@ struct Keys {
   int dim;
   const int64_t* where;
   int count;
+  int ahead = 0;
 };
 
 // Scratch of one thread, see Workspace.
@@ -61,9 +63,9 @@ struct Level {
   // Normalised outputs to out[row]; with a part over other keys (other_out[row], other_lse[row]) merged with it.
   void (*finish)(State, int rows, int dim, float* const* out, float* const* lse, const float* const* other_out,
                  const float* const* other_lse);
-  // Scores of `rows` queries [rows, stride_of(depth)] against up to kKeys vectors of `depth` at keys.where:
-  // the largest of every `share` rows goes to out[row / share][0 .. keys.count).
-  void (*scores)(const float* q, int rows, int share, int depth, const Keys&, float* const* out, const Tiles&);
+  // Upper bounds of the scores of `rows` queries [rows, stride] against up to kKeys pages, whose bounds, maximum then
+  // minimum, lie at keys.where: the largest of every `share` rows goes to out[row / share][0 .. keys.count).
+  void (*bounds_scores)(const float* q, int rows, int share, const Keys&, float* const* out, const Tiles&);
   // Softmax masses e^(q . k - lse) of `rows` queries [rows, stride] against up to kKeys keys, to tiles.weights; what
   // lies behind keys.count there means nothing. lse -inf: none.
   void (*mass)(const float* q, const float* lse, int rows, const Keys&, const Tiles&);

@@ -75,17 +75,19 @@ void add_rows(const float* weights, int first, int rows, int count, int heads, f
 // ends: whether the tile's last key ends its granule.
 void keep_largest(const float* weights, int first, int rows, int count, int64_t key, bool ends, const Mass& mass,
                   float* open, float* out) {
+  const int64_t granule = key / mass.granule, left = (granule + 1) * mass.granule - key;
   for (int i = 0; i < rows; ++i) {
-    float* best = out + (first + i) % mass.heads() * mass.width;
+    const float* mine = weights + i * kKeys;
+    float* best = out + (first + i) % mass.heads() * mass.width + granule;
+    if (mass.granule == 1) {
+      for (int c = 0; c < count; ++c) best[c] = larger_or_nan(best[c], mine[c]);
+      continue;
+    }
     float sum = open[first + i];
-    for (int c = 0; c < count;) {
-      const int64_t granule = (key + c) / mass.granule;
-      const int64_t left = (granule + 1) * mass.granule - key - c;
-      const int until = static_cast<int>(std::min<int64_t>(count, c + left));
-      const bool whole = until < count || ends;
-      for (; c < until; ++c) sum += weights[i * kKeys + c];
-      if (!whole) break;
-      best[granule] = larger_or_nan(best[granule], sum);
+    for (int64_t c = 0, until = left; c < count; until += mass.granule, ++best) {
+      for (; c < count && c < until; ++c) sum += mine[c];
+      if (c < until && !ends) break;
+      *best = larger_or_nan(*best, sum);
       sum = 0.0f;
     }
     open[first + i] = sum;
@@ -94,14 +96,16 @@ void keep_largest(const float* weights, int first, int rows, int count, int64_t 
 
 void run_tile(const Mass& mass, const KeyList& keys, int64_t from, int count, const Bench& mine, float* out) {
   const int stride = stride_of(mass.pool.head_dim), heads = mass.heads();
-  int64_t where[kKeys];
-  keys.locate(from, count, where);
+  const int known = static_cast<int>(std::min<int64_t>(count + kKeys, keys.count - from));
+  int64_t where[2 * kKeys];
+  keys.locate(from, known, where);
   if (!mass.largest) std::fill(mine.columns, mine.columns + heads * kKeys, 0.0f);
   const bool ends = from + count == keys.count || (from + count) % mass.granule == 0;
   for (int first = 0; first < mass.folded(); first += kRows) {
     const int rows = std::min(kRows, mass.folded() - first);
     mass.level.mass(mine.q + static_cast<int64_t>(first) * stride, mine.lse + first, rows,
-                    {mass.pool.k, nullptr, mass.pool.dtype, mass.pool.head_dim, where, count}, mine.tiles);
+                    {mass.pool.k, nullptr, mass.pool.dtype, mass.pool.head_dim, where, count, known - count},
+                    mine.tiles);
     if (mass.largest)
       keep_largest(mine.tiles.weights, first, rows, count, from, ends, mass, mine.open, out);
     else

@@ -16,15 +16,6 @@ struct Task {  // bounds of some pages for the computed rows of one segment and 
   int kv_head;
 };
 
-// [q+, q-] of a query vector: the bound of q . k over a page is its product with [maximum, minimum].
-void split_signs(const float* q, int dim, int stride, float* out) {
-  for (int d = 0; d < dim; ++d) {
-    out[d] = q[d] > 0.0f ? q[d] : 0.0f;
-    out[dim + d] = q[d] > 0.0f ? 0.0f : q[d];
-  }
-  std::fill(out + 2 * dim, out + stride, 0.0f);
-}
-
 int64_t pages_of(const LosaPool& pool, const LosaGroup& group, int64_t segment) {
   return (group.prefix_lens[segment] + pool.page_size - 1) / pool.page_size;
 }
@@ -48,9 +39,9 @@ template <class Out>
 void score(const Level& level, const LosaPool& pool, const LosaGroup& group, const LosaQuery& query,
            const std::vector<int64_t>& starts, const Task& task, bool shared, const Workspace& space, int thread,
            Out out) {
-  const int dim = pool.head_dim, depth = 2 * dim, stride = stride_of(depth);
+  const int dim = pool.head_dim, stride = stride_of(dim);
   const int heads = query.heads / pool.kv_heads, wide = std::min(heads, kRows), tall = kRows / wide;
-  const int64_t* table = group.table + group.table_indptr[task.segment];
+  const int64_t *table = group.table + group.table_indptr[task.segment], pages = pages_of(pool, group, task.segment);
   float* q = space.extra(thread);
   float spare[kRows * kKeys];
   for (int64_t row = starts[task.segment]; row < starts[task.segment + 1]; row += tall) {
@@ -60,18 +51,21 @@ void score(const Level& level, const LosaPool& pool, const LosaGroup& group, con
       for (int i = 0; i < rows * across; ++i) {
         const int64_t at = query.rows ? query.rows[row + i / across] : row + i / across;
         const int64_t head = task.kv_head * heads + h + i % across;
-        split_signs(query.q + (at * query.heads + head) * dim, dim, stride, q + i * stride);
+        const float* from = query.q + (at * query.heads + head) * dim;
+        std::fill(std::copy(from, from + dim, q + i * stride), q + (i + 1) * stride, 0.0f);
       }
       for (int64_t page = task.from; page < task.until; page += kKeys) {
         const int count = static_cast<int>(std::min<int64_t>(kKeys, task.until - page));
-        int64_t where[kKeys];
+        const int known = static_cast<int>(std::min<int64_t>(2 * kKeys, pages - page));
+        int64_t where[2 * kKeys];
         float* to[kRows];
-        for (int i = 0; i < count; ++i) where[i] = (table[page + i] * pool.kv_heads + task.kv_head) * depth;
+        for (int i = 0; i < known; ++i) where[i] = (table[page + i] * pool.kv_heads + task.kv_head) * 2 * dim;
         const bool more = shared && h > 0;  // heads beyond the first kRows join the maximum afterwards
         for (int i = 0; i < rows * across / share; ++i)
           to[i] = more ? spare + i * kKeys : out(row + i * share / across, h + i * share % across) + page;
-        level.scores(q, rows * across, share, depth, {pool.bounds, nullptr, pool.dtype, dim, where, count}, to,
-                     space.tiles(thread));
+        level.bounds_scores(q, rows * across, share,
+                            {pool.bounds, nullptr, pool.dtype, dim, where, count, known - count}, to,
+                            space.tiles(thread));
         for (int i = 0; more && i < rows; ++i) {
           float* best = out(row + i, 0) + page;
           for (int j = 0; j < count; ++j) best[j] = std::max(best[j], to[i][j]);
@@ -126,7 +120,7 @@ void check(const LosaPool& pool, const LosaGroup& group, const LosaQuery& query)
 }
 
 Workspace workspace(const LosaPool& pool, int threads) {
-  return Workspace(threads, 2 * pool.head_dim, static_cast<int64_t>(kRows) * stride_of(2 * pool.head_dim));
+  return Workspace(threads, 2 * pool.head_dim, static_cast<int64_t>(kRows) * stride_of(pool.head_dim));
 }
 
 }  // namespace

@@ -43,6 +43,10 @@ inline void in_pieces(int total, int most, Body body) {
   }
 }
 
+constexpr int pieces_of(int total, int most) {
+  return (total + most - 1) / most;
+}
+
 // A vector of any dtype as floats, zeros up to the stride.
 inline void widen_row(const void* from, int64_t at, int dtype, int dim, int stride, float* to) {
   int d = 0;
@@ -65,15 +69,38 @@ inline void tile_rows(const void* from, int dtype, int dim, const int64_t* where
   }
 }
 
+// Vectors that the next tile will read, fetched line by line while this one is computed: a list of pages jumps about in
+// memory, and the hardware does not foresee where to.
+struct Ahead {
+  const char* base;
+  const int64_t* where;
+  int64_t each, bytes, at = 0;  // bytes of a number and of a vector; next line of the vector
+  int left, pace = 0;           // vectors still to be fetched; lines per step
+
+  // steps: how often `step` will be called.
+  Ahead(const void* from, int dtype, int dim, const int64_t* places, int count, int steps)
+      : base((const char*)from), where(places), each(losa::bytes_of(dtype)), bytes(dim * each), left(count) {
+    if (count > 0) pace = (int)(((bytes + 63) / 64 * count + steps - 1) / steps);
+  }
+  inline void step() {
+    for (int i = 0; i < pace && left; ++i) {
+      __builtin_prefetch(base + *where * each + at, 0, 2);  // to the second cache: the innermost is full of this tile
+      at += 64;
+      if (at >= bytes) at = 0, ++where, --left;
+    }
+  }
+};
+
 // out [R, kKeys] = q [R, stride] times turned keys, N vectors of columns.
 template <int R, int N>
-inline void dots(const float* q, int stride, const float* turned, int depth, float* out) {
+inline void dots(const float* q, int stride, const float* turned, int depth, float* out, Ahead& ahead) {
   V sum[R][N];
   LOSA_UNROLL
   for (int r = 0; r < R; ++r) LOSA_UNROLL
   for (int n = 0; n < N; ++n) sum[r][n] = splat(0.0f);
   for (int d = 0; d < depth; ++d) {
     V keys[N];
+    ahead.step();
     LOSA_UNROLL
     for (int n = 0; n < N; ++n) keys[n] = load(turned + d * kKeys + n * W);
     LOSA_UNROLL
@@ -88,16 +115,43 @@ inline void dots(const float* q, int stride, const float* turned, int depth, flo
   for (int n = 0; n < N; ++n) store(out + r * kKeys + n * W, sum[r][n]);
 }
 
+// The same for bounds: `turned` holds maxima in its first dim lines and minima in the next. A product is largest with
+// the maximum where the query is positive and with the minimum where it is negative, so each of its numbers meets one
+// of the two: half the products of [q+, q-] . [maxima; minima].
+template <int R, int N>
+inline void signed_dots(const float* q, int stride, const float* turned, int dim, float* out, Ahead& ahead) {
+  V sum[R][N];
+  const int64_t apart = (int64_t)dim * kKeys;
+  LOSA_UNROLL
+  for (int r = 0; r < R; ++r) LOSA_UNROLL
+  for (int n = 0; n < N; ++n) sum[r][n] = splat(0.0f);
+  for (int d = 0; d < dim; ++d) {
+    ahead.step();
+    LOSA_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const float number = q[r * stride + d];
+      const V each = splat(number);
+      const float* bounds = turned + d * kKeys + (-(int64_t)(to_bits(number) >> 31) & apart);
+      LOSA_UNROLL
+      for (int n = 0; n < N; ++n) sum[r][n] = fma(each, load(bounds + n * W), sum[r][n]);
+    }
+  }
+  LOSA_UNROLL
+  for (int r = 0; r < R; ++r) LOSA_UNROLL
+  for (int n = 0; n < N; ++n) store(out + r * kKeys + n * W, sum[r][n]);
+}
+
 // acc [R, stride] = acc * shrink + weights [R, kKeys] times values, N vectors of channels.
 template <int R, int N>
 inline void mix(const float* weights, const float* const* values, int first, int count, const float* shrink, float* acc,
-                int stride) {
+                int stride, Ahead& ahead) {
   V sum[R][N];
   LOSA_UNROLL
   for (int r = 0; r < R; ++r) LOSA_UNROLL
   for (int n = 0; n < N; ++n) sum[r][n] = load(acc + r * stride + first + n * W) * splat(shrink[r]);
   for (int i = 0; i < count; ++i) {
     const float* row = values[i] + first;
+    ahead.step();
     V value[N];
     LOSA_UNROLL
     for (int n = 0; n < N; ++n) value[n] = load(row + n * W);

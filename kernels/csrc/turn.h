@@ -55,6 +55,40 @@ inline void turn_quad(const void* const* rows, int d, float* out) {
   store(out + 3 * kKeys, (V)LOSA_PAIRS(hi, pd, high01, high23));
 }
 
+#if defined(__AVX512F__)
+
+// Channels d .. d + 16 of 16 rows. Each row's cache line is read once: rows whose addresses differ by multiples of 4 KB
+// would push one another out of the innermost cache before a second visit.
+template <int kind>
+inline void turn_square(const void* const* rows, int d, float* out) {
+  V z[W], pairs[W];
+  LOSA_UNROLL
+  for (int i = 0; i < W; ++i) z[i] = load_as(rows[i], d, kind);
+  LOSA_UNROLL
+  for (int i = 0; i < W; i += 2) {
+    pairs[i] = LOSA_PAIRS(lo, ps, z[i], z[i + 1]);
+    pairs[i + 1] = LOSA_PAIRS(hi, ps, z[i], z[i + 1]);
+  }
+  LOSA_UNROLL
+  for (int i = 0; i < W; i += 4) {  // z[i + c]: channels c, 4 + c, ... of rows i .. i + 4
+    z[i] = (V)LOSA_PAIRS(lo, pd, (Pairs)pairs[i], (Pairs)pairs[i + 2]);
+    z[i + 1] = (V)LOSA_PAIRS(hi, pd, (Pairs)pairs[i], (Pairs)pairs[i + 2]);
+    z[i + 2] = (V)LOSA_PAIRS(lo, pd, (Pairs)pairs[i + 1], (Pairs)pairs[i + 3]);
+    z[i + 3] = (V)LOSA_PAIRS(hi, pd, (Pairs)pairs[i + 1], (Pairs)pairs[i + 3]);
+  }
+  LOSA_UNROLL
+  for (int c = 0; c < 4; ++c) {
+    const V low = _mm512_shuffle_f32x4(z[c], z[4 + c], 0x44), high = _mm512_shuffle_f32x4(z[c], z[4 + c], 0xee);
+    const V low2 = _mm512_shuffle_f32x4(z[8 + c], z[12 + c], 0x44);
+    const V high2 = _mm512_shuffle_f32x4(z[8 + c], z[12 + c], 0xee);
+    store(out + c * kKeys, _mm512_shuffle_f32x4(low, low2, 0x88));
+    store(out + (4 + c) * kKeys, _mm512_shuffle_f32x4(low, low2, 0xdd));
+    store(out + (8 + c) * kKeys, _mm512_shuffle_f32x4(high, high2, 0x88));
+    store(out + (12 + c) * kKeys, _mm512_shuffle_f32x4(high, high2, 0xdd));
+  }
+}
+
+#endif
 #undef LOSA_PAIRS
 
 #else
@@ -69,8 +103,13 @@ inline void turn_quad(const void* const* rows, int d, float* out) {
 
 template <int kind>
 inline void turn(const void* const* rows, int columns, int depth, float* turned) {
-  for (int i = 0; i < columns; i += W)
-    for (int d = 0; d < depth; d += 4) turn_quad<kind>(rows + i, d, turned + d * kKeys + i);
+  for (int i = 0; i < columns; i += W) {
+    int d = 0;
+#if defined(__AVX512F__)
+    for (; d + W <= depth; d += W) turn_square<kind>(rows + i, d, turned + d * kKeys + i);
+#endif
+    for (; d < depth; d += 4) turn_quad<kind>(rows + i, d, turned + d * kKeys + i);
+  }
 }
 
 inline int whole_vectors(int count) {

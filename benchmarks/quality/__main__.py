@@ -4,6 +4,7 @@
     python -m benchmarks.quality --quick
 
 Rows go to benchmarks/results/quality.jsonl as they are measured; cells that are already there are not measured again.
+Tables, claims (beside it, _claims.json) and the plot (_pareto.png) are of the rows that the options ask for.
 Blocks are denoised in a fixed number of steps (--steps), because the bundled model is sure of most answers at once and
 would leave nothing to later, sparse steps; --adaptive decodes by confidence instead. --quick starts afresh, in build/.
 """
@@ -18,8 +19,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.quality.measure import fill
-from benchmarks.quality.rows import RowFile, Samples
+from benchmarks.quality.claims import judge
+from benchmarks.quality.measure import fill, grid, rows
+from benchmarks.quality.plots import pareto
+from benchmarks.quality.report import tables, verdicts, write_claims
+from benchmarks.quality.rows import Row, RowFile, Samples
 from benchmarks.quality.runner import Runner
 from benchmarks.quality.settings import BUDGET_SHARES, Decoding, names, settings
 from benchmarks.tiny_model import corpus
@@ -33,7 +37,7 @@ PAGE_SIZE = 16
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     args = _arguments(argv)
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 150)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.quick:
@@ -47,13 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         page_size=PAGE_SIZE,
     )
     runner = Runner(str(args.model), max(args.contexts), PAGE_SIZE)
-    wanted = {
-        context: settings(args.methods, context, args.budgets, PAGE_SIZE, runner.block_length)
-        for context in args.contexts
-    }
-    new = fill(runner, file, wanted, args.tasks, samples, console)
-    console.print(f"{new} new rows in {args.out}")
+    wanted = {context: settings(args.methods, context, args.budgets, PAGE_SIZE) for context in args.contexts}
+    batches = grid(runner, wanted, args.tasks, samples)
+    if not args.report_only:
+        console.print(f"{fill(runner, file, batches, samples, console)} new rows in {args.out}")
+    _report(rows(file, batches), args.out, console)
     return 0
+
+
+def _report(found: Sequence[Row], out: Path, console: Console) -> None:
+    """Tables, plot and claims of the rows that this run asked for."""
+    if not found:
+        console.print("There are no rows to report on.")
+        return
+    tables(found, console)
+    claims = judge(found)
+    verdicts(claims, console)
+    write_claims(claims, out.with_name(f"{out.stem}_claims.json"))
+    pareto(found, out.with_name(f"{out.stem}_pareto.png"))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,6 +89,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the documents")
     parser.add_argument("--threads", type=int, default=None, help="default: what torch would take")
     parser.add_argument("--quick", action="store_true", help="a small grid, under two minutes on two cores")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing, report on what is in the file")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/quality.jsonl")
     args = parser.parse_args(argv)
     if args.quick:

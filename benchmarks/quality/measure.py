@@ -7,69 +7,84 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from benchmarks.quality.rows import RowFile, Samples, measured
+from benchmarks.quality.rows import Cell, Row, RowFile, Samples, measured
 from benchmarks.quality.runner import Answer, Runner
 from benchmarks.quality.samples import Asked, documents
 from benchmarks.quality.settings import Setting
 
 
-class _Batch(NamedTuple):
-    """What is missing of one task and context."""
+class Batch(NamedTuple):
+    """Cells of one task and context with the settings that make them."""
 
     task: str
     context: int
+    cells: list[Cell]
     settings: list[Setting]
-    documents: list[Asked]
-
-    @property
-    def requests(self) -> int:
-        return len(self.settings) * sum(len(document.questions) for document in self.documents)
 
 
-def fill(
-    runner: Runner,
-    file: RowFile,
-    wanted: Mapping[int, Sequence[Setting]],
-    tasks: Sequence[str],
-    samples: Samples,
-    console: Console,
-) -> int:
-    """Measure what is missing and append it; returns the number of new rows. wanted: settings per context."""
-    for settings in wanted.values():
-        runner.check(settings, samples.decoding)
-    batches = [_missing(file, list(wanted[context]), task, context, samples) for context in wanted for task in tasks]
-    batches = [batch for batch in batches if batch.settings]
+def grid(
+    runner: Runner, wanted: Mapping[int, Sequence[Setting]], tasks: Sequence[str], samples: Samples
+) -> list[Batch]:
+    """All cells of a run; wanted: settings per context. Raises InvalidRequest for what cannot be served."""
+    found = []
+    for context, settings in wanted.items():
+        resolved = [runner.resolve(setting, samples.decoding) for setting in settings]
+        for task in tasks:
+            pairs = zip(settings, resolved, strict=True)
+            cells = [samples.cell(setting, params, task, context) for setting, params in pairs]
+            found.append(Batch(task, context, cells, list(settings)))
+    return found
+
+
+def fill(runner: Runner, file: RowFile, batches: Sequence[Batch], samples: Samples, console: Console) -> int:
+    """Measure the cells that the file lacks and append them; returns how many."""
+    lacking = [batch for batch in (_lacking(file, batch) for batch in batches) if batch.cells]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
-        bar = progress.add_task("", total=sum(batch.requests for batch in batches))
-        for batch in batches:
+        bar = progress.add_task("", total=sum(len(batch.cells) for batch in lacking) * samples.samples)
+        for batch in lacking:
             progress.update(bar, description=f"{batch.task}, {batch.context} tokens")
-            _measure(runner, file, batch, samples, progress, bar)
-    return sum(len(batch.settings) for batch in batches)
+            file.append(_measure(runner, batch, samples, progress, bar))
+    return sum(len(batch.cells) for batch in lacking)
 
 
-def _missing(file: RowFile, settings: list[Setting], task: str, context: int, samples: Samples) -> _Batch:
+def rows(file: RowFile, batches: Sequence[Batch]) -> list[Row]:
+    """The rows of the cells, in their order, without those that are not measured yet."""
+    there = {row.key: row for row in file.rows}
+    return [there[cell.key] for batch in batches for cell in batch.cells if cell.key in there]
+
+
+def _lacking(file: RowFile, batch: Batch) -> Batch:
     there = file.keys
-    lacking = [setting for setting in settings if samples.cell(setting, task, context).key not in there]
-    drawn = documents(task, context, samples.samples, samples.per_document, samples.seed) if lacking else []
-    return _Batch(task, context, lacking, drawn)
+    pairs = [(c, s) for c, s in zip(batch.cells, batch.settings, strict=True) if c.key not in there]
+    return batch._replace(cells=[cell for cell, _ in pairs], settings=[setting for _, setting in pairs])
 
 
-def _measure(runner: Runner, file: RowFile, batch: _Batch, samples: Samples, progress: Progress, bar: object) -> None:
+def _measure(runner: Runner, batch: Batch, samples: Samples, progress: Progress, bar: TaskID) -> list[Row]:
     start = time.perf_counter()
-    answers: list[list[list[Answer]]] = [[] for _ in batch.settings]
-    for document in batch.documents:
+    answers: list[list[list[Answer]]] = [[] for _ in batch.cells]
+    for document in _documents(batch, samples):
         for mine, found in zip(answers, runner.ask(document, batch.settings, samples.decoding), strict=True):
             mine.append(found)
-        progress.advance(bar, len(batch.settings) * len(document.questions))  # type: ignore[arg-type]
-    seconds = (time.perf_counter() - start) / len(batch.settings)
-    cells = [samples.cell(setting, batch.task, batch.context) for setting in batch.settings]
-    rows = [measured(cell, mine, seconds, runner.block_length) for cell, mine in zip(cells, answers, strict=True)]
-    file.append(rows)
-    rate = batch.requests / (seconds * len(rows))
+        progress.advance(bar, len(batch.cells) * len(document.questions))
+    total = time.perf_counter() - start
     progress.console.print(
-        f"{batch.task}, {batch.context} tokens: {len(rows)} cells of {samples.samples} answers, "
-        f"{seconds:.1f} s per cell, {rate:.1f} answers/s"
+        f"{batch.task}, {batch.context} tokens: {len(batch.cells)} cells of {samples.samples} answers, "
+        f"{total / len(batch.cells):.1f} s per cell, {len(batch.cells) * samples.samples / total:.1f} answers/s"
     )
+    seconds, block = total / len(batch.cells), runner.block_length
+    return [measured(cell, mine, seconds, block) for cell, mine in zip(batch.cells, answers, strict=True)]
+
+
+def _documents(batch: Batch, samples: Samples) -> list[Asked]:
+    return documents(batch.task, batch.context, samples.samples, samples.per_document, samples.seed)

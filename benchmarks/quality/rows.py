@@ -18,19 +18,26 @@ import losa_runtime
 from benchmarks.quality.runner import Answer
 from benchmarks.quality.settings import Decoding, Setting
 from benchmarks.quality.statistics import wilson
+from losa_runtime.core.batch import SparseParams
+from losa_runtime.sparse.method import method_class
 
 Key = tuple[object, ...]
-Option = bool | int | float | str
+Option = bool | int | float | str | None
 
 
 class Cell(BaseModel):
-    """What is measured: a setting and the samples it is put to. steps: None = as many as the threshold asks for."""
+    """What is measured: a setting and the samples it is put to. steps: None = as many as the threshold asks for.
+
+    options: all of the method's, also those that have their default, so that a changed default is another cell.
+    share: the budget as a share of the context before rounding to pages; for tables, not part of what is measured.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     method: str
     options: dict[str, Option]
     budget: int | None
+    share: float | None
     task: str
     context: int
     steps: int | None
@@ -43,13 +50,8 @@ class Cell(BaseModel):
     @property
     def key(self) -> Key:
         """Equal for cells that are the same measurement."""
-        fields = self.model_dump(include=set(Cell.model_fields), exclude={"options"})
+        fields = self.model_dump(include=set(Cell.model_fields), exclude={"options", "share"})
         return (*fields.values(), *sorted(self.options.items()))
-
-    @property
-    def setting(self) -> Key:
-        """Equal for cells of one setting at one context, whatever the task."""
-        return (self.name, self.budget, *sorted(self.options.items()))
 
 
 class Row(Cell):
@@ -92,13 +94,14 @@ class Samples(BaseModel):
     seed: int
     page_size: int
 
-    def cell(self, setting: Setting, task: str, context: int) -> Cell:
-        """The cell of a setting."""
+    def cell(self, setting: Setting, resolved: SparseParams, task: str, context: int) -> Cell:
+        """The cell of a setting. resolved: what the engine makes of it, with the defaults of its day."""
         return Cell(
             name=setting.name,
             method=setting.method,
-            options=setting.shown_options,
+            options=_options(resolved),
             budget=setting.budget,
+            share=setting.share,
             task=task,
             context=context,
             steps=self.decoding.steps,
@@ -155,6 +158,14 @@ class RowFile:
         with self.path.open("a") as file:
             file.writelines(row.model_dump_json() + "\n" for row in new)
         self.rows += new
+
+
+def _options(resolved: SparseParams) -> dict[str, Option]:
+    """All options of the method, given or not, and the rule for active rows where it has one."""
+    options = dict(resolved.options.model_dump())
+    if method_class(resolved.method).has_active_rows:
+        options[f"active_{resolved.active.kind}"] = resolved.active.value
+    return options
 
 
 def commit() -> str:

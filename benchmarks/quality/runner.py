@@ -11,6 +11,7 @@ from typing import NamedTuple
 from benchmarks.quality.samples import Asked
 from benchmarks.quality.settings import Decoding, Setting
 from losa_runtime import LLM, SamplingParams
+from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.request import RequestStats
 from losa_runtime.core.sampling_params import DiffusionParams
 from losa_runtime.sparse.resolve import resolve
@@ -40,6 +41,7 @@ class Runner:
             max_running_requests=running,
             max_total_tokens=2 * (context + own),
             chunked_prefill_size=2048,
+            deterministic=True,  # a row does not depend on which other settings were measured beside it
         )
 
     @property
@@ -47,15 +49,14 @@ class Runner:
         """Of the model."""
         return self.llm.engine.parts.model_config.block_length
 
-    def check(self, settings: Sequence[Setting], decoding: Decoding) -> None:
-        """Raise InvalidRequest for a setting that cannot be served, before any work."""
+    def resolve(self, setting: Setting, decoding: Decoding) -> SparseParams:
+        """What the engine makes of a setting. Raises InvalidRequest for one that it cannot serve."""
         engine = self.llm.engine
-        for setting in settings:
-            resolve(setting.params(decoding), engine.config, engine.parts.geometry)
+        return resolve(setting.params(decoding), engine.config, engine.parts.geometry)
 
     def ask(self, document: Asked, settings: Sequence[Setting], decoding: Decoding) -> list[list[Answer]]:
         """Answers per setting, in the order of the document's questions."""
-        prompts = document.prompts
+        prompts = [self.llm.tokenizer.encode(prompt) for prompt in document.prompts]  # once, not for each setting
         # Every prompt's whole blocks are in the cache before the settings compete for the running slots.
         self.llm.generate(prompts, _params(DiffusionParams(), 0))
         asked = [(prompt, _params(setting.params(decoding), NEW_TOKENS)) for setting in settings for prompt in prompts]

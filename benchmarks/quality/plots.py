@@ -1,0 +1,71 @@
+"""The Pareto plot: accuracy against bytes, a panel per context. Measures nothing.
+
+Imports matplotlib when it draws, as it is not needed to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.claims import BYTES, Bytes
+from benchmarks.quality.pools import DENSE, named, pools
+from benchmarks.quality.rows import Row
+
+# One colour and marker per name wherever it is drawn.
+STYLES: dict[str, tuple[str, str]] = {
+    "dense": ("black", "*"),
+    "quest": ("#d95f02", "o"),
+    "losa": ("#1f78b4", "s"),
+    "losa_plus": ("#e7298a", "D"),
+    "mage": ("#33a02c", "^"),
+    "sparsed": ("#6a3d9a", "v"),
+    "sparse_dllm": ("#b15928", "<"),
+    "ba_att": ("#a6761d", ">"),
+    "flashblock": ("#666666", "P"),
+    "quest_dense_first": ("#fdb462", "x"),
+}
+
+
+def style(name: str) -> dict[str, Any]:
+    """Keywords for a line."""
+    colour, marker = STYLES.get(name, ("#999999", "."))
+    return {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.2}
+
+
+def pareto(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy, mean over tasks, against bytes relative to dense: later steps above, whole blocks below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    contexts = sorted({row.context for row in rows})
+    size = (3.6 * len(contexts) + 1.2, 6.6)
+    figure, axes = pyplot.subplots(2, len(contexts), figsize=size, squeeze=False, sharex="row")
+    for line, (kind, bytes_of) in zip(axes, BYTES.items(), strict=True):
+        for panel, context in zip(line, contexts, strict=True):
+            _panel(panel, [row for row in rows if row.context == context], bytes_of)
+            panel.set_xlabel(f"bytes read relative to dense, {kind}")
+            panel.set_title(f"{context:,} tokens")
+        line[0].set_ylabel("right answers, mean over tasks")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def _panel(panel: Any, rows: Sequence[Row], bytes_of: Bytes) -> None:
+    every = pools(rows)
+    for name in dict.fromkeys(pool.name for pool in every):
+        points = [(size, pool.accuracy) for pool in named(every, name) if (size := pool.mean(bytes_of)) is not None]
+        panel.plot([x for x, _ in points], [y for _, y in points], label=name, **style(name))
+    for dense in named(every, DENSE):
+        panel.axhline(dense.accuracy, color="black", linewidth=0.6, linestyle=":")
+    panel.set_xscale("log")
+    panel.grid(alpha=0.25)
+    panel.yaxis.set_major_formatter("{x:.0%}")
+    panel.xaxis.set_major_formatter("{x:.0%}")

@@ -55,6 +55,8 @@ CASES: dict[str, tuple[Callable[[World], object], str]] = {
     "granule of nothing": (lambda w: prefix(w, lists=lists(ints(0, 0, 0, 0, 0), ints(), 2, 0)), "granules of 0"),
     "lists of too few heads": (lambda w: prefix(w, lists=lists(ints(0, 0, 0), ints(), 1)), "lists for 1 heads"),
     "best of nothing": (lambda w: select(w, ints(0, 1)), "best: found 0"),
+    "a mask of other rows": (lambda w: select(w, ints(1, 1), torch.ones(3, 4).bool()), "heads: found shape"),
+    "a mask of numbers": (lambda w: select(w, ints(1, 1), torch.ones(16, 4)), "heads: found torch.float32"),
     "best of the wrong shape": (lambda w: select(w, ints(1)), "best: found shape"),
     "mass of nothing": (lambda w: massed(w, 0), "granule: found 0"),
     "mass of other rows": (lambda w: massed(w, q=w.q[1:].contiguous()), "rows: found 15"),
@@ -86,8 +88,9 @@ def without_bounds(world: World) -> World:
     return world._replace(pages=Pages(world.pages.k, world.pages.v))
 
 
-def select(world: World, best: Tensor) -> None:
-    selection.select_pages(require_native(), world.pages, world.segments, world.q, None, [False, False], best)
+def select(world: World, best: Tensor, heads: Tensor | None = None) -> None:
+    asked = (world.q, None, [False, False], best)
+    selection.select_pages(require_native(), world.pages, world.segments, *asked, heads_nH=heads)
 
 
 def massed(world: World, granule: int = 16, **changed: Any) -> None:

@@ -57,9 +57,10 @@ class NativeBackend(AttentionBackend):
                 return f"no kernels for {dtype}"
         if config.head_dim > MAX_HEAD_DIM:
             return f"head dim {config.head_dim}, at most {MAX_HEAD_DIM}"
-        if PEAK_CHUNK % config.page_size:
+        misfit = config.misfit()
+        if misfit is None and PEAK_CHUNK % config.page_size:
             return f"page size {config.page_size}, allowed: divisors of {PEAK_CHUNK}"
-        return config.misfit()
+        return misfit
 
     @property
     def detail(self) -> str:

@@ -11,6 +11,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from losa_runtime.cache import host_memory
+
 
 class Summary(Enum):
     """What is kept per page and KV head beside the keys. The value is the number of D-vectors it takes."""
@@ -41,13 +43,12 @@ class KVPool:
         self.num_kv_heads, self.page_size, self.head_dim = num_kv_heads, page_size, head_dim
         self.dtype, self.device, self.summaries = dtype, torch.device(device), summaries
         shape = (num_pages, num_kv_heads, page_size, head_dim)
-        self._k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._k = [self._zeros(shape) for _ in range(num_layers)]
+        self._v = [self._zeros(shape) for _ in range(num_layers)]
         self._summary = {
-            kind: [torch.zeros(num_pages, num_kv_heads, kind.value, head_dim, dtype=dtype, device=device)
-                   for _ in range(num_layers)]
+            kind: [self._zeros((num_pages, num_kv_heads, kind.value, head_dim)) for _ in range(num_layers)]
             for kind in summaries
-        }  # fmt: skip
+        }
 
     def k(self, layer: int) -> Tensor:
         """Keys of a layer, [P, G, page_size, D]."""
@@ -60,6 +61,11 @@ class KVPool:
     def summary(self, layer: int, kind: Summary) -> Tensor:
         """A declared summary of a layer, [P, G, kind.value, D]. Meaningful only for pages that hold stored keys."""
         return self._summary[kind][layer]
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        if self.device.type == "cpu":
+            return host_memory.zeros(shape, self.dtype)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @property
     def summary_vectors(self) -> int:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
+import pytest
 import torch
 
+from losa_runtime.cache import host_memory
 from losa_runtime.cache.kv_pool import KVPool, Summary
 
 
@@ -26,3 +31,30 @@ def test_bytes_are_those_that_are_allocated() -> None:
 def test_page_bounds_add_one_sixteenth_at_sixteen_tokens() -> None:
     with_bounds = KVPool.bytes_per_page(1, 8, 16, 128, torch.bfloat16, frozenset({Summary.KEY_BOUNDS}))
     assert with_bounds / KVPool.bytes_per_page(1, 8, 16, 128, torch.bfloat16) == 1 + 1 / 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, host_memory.HUGE // 8, host_memory.HUGE])
+def test_host_memory_is_zeroed_and_a_tensor_like_any_other(dtype: torch.dtype, rows: int) -> None:
+    x = host_memory.zeros((rows, 2), dtype)
+    assert x.shape == (rows, 2) and x.dtype == dtype and x.is_contiguous() and not x.any()
+    x[-1, 1] = 3.0
+    assert x.sum() == 3.0 and x.data_ptr() % 64 == 0
+
+
+def test_memory_of_a_large_pool_asks_for_huge_pages() -> None:
+    """The system says of each piece of memory what was asked for it: "hg" stands for huge pages."""
+    maps = Path("/proc/self/smaps")
+    if not maps.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system does not say, or has no huge pages")
+    assert hasattr(mmap, "MADV_HUGEPAGE")
+    pool = KVPool(1, 64, 8, 16, 128, torch.float32)
+    at, inside, flags = pool.k(0).data_ptr(), False, ""
+    for line in maps.read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            first, last = (int(part, 16) for part in head.split("-"))
+            inside = first <= at < last
+        elif inside and head == "VmFlags:":
+            flags = line
+    assert " hg" in flags

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from losa_runtime.models.random_checkpoint import write_random_checkpoint
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # must be there before anything imports triton
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 
 

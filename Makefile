@@ -12,8 +12,10 @@ LIBRARY := kernels/losa_kernels/native/liblosa_kernels.so
 STAMP := .venv/.setup-stamp$(if $(CUDA),-cuda)
 comma := ,
 EXTRAS := dev$(if $(CUDA),$(comma)cuda)
+# A CUDA build of torch brings the triton that it was made with.
+PINS := $(if $(CUDA),build/constraints-cuda.txt,$(CONSTRAINTS))
 # PIP_CONSTRAINT also binds the isolated environment in which the package is built; -c would not.
-PIP := PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m pip --disable-pip-version-check install
+PIP := PIP_CONSTRAINT=$(CURDIR)/$(PINS) $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .PHONY: help setup kernels demo serve test test-slow soak check fmt constraints clean
@@ -23,7 +25,7 @@ help: ## list the targets
 
 setup: $(STAMP) $(LIBRARY) ## build .venv with pinned versions and CPU torch (CUDA=1: with the CUDA extra), and the kernels
 
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+$(STAMP): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (PYTHON=...)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 ifdef CUDA
@@ -37,7 +39,15 @@ endif
 	$(PIP) -e '.[$(EXTRAS)]'
 	@touch $@
 
-kernels: $(LIBRARY) ## compile the CPU kernels (part of setup; seconds)
+build/constraints-cuda.txt: $(CONSTRAINTS)
+	@mkdir -p $(@D) && grep -v '^triton==' $< > $@
+
+kernels: $(LIBRARY) ## compile the CPU kernels (part of setup; seconds) and those for GPUs, without one (a minute or two)
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(BIN)/python -m losa_kernels.triton.compile
+else
+	@echo 'There is no triton for this platform: going on without the kernels for GPUs.'
+endif
 
 $(LIBRARY): kernels/CMakeLists.txt $(wildcard kernels/csrc/*) | $(STAMP)
 	@if command -v "$${CXX:-c++}" >/dev/null; then \

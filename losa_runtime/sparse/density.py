@@ -43,8 +43,26 @@ class SegmentReport(NamedTuple):
         return sum(self.row_shares)
 
 
+class _Lists(NamedTuple):
+    """What is kept of a layer's plan of one list per segment and KV head, until the layers are counted together.
+
+    last: last granule of each list (of an empty one, any); None where granules end with the prefix. The rest: as in
+    PrefixPlan and KVIndices.
+    """
+
+    rows: Tensor | None
+    indptr: Tensor
+    last: Tensor | None
+    granule: int
+    whole: tuple[bool, ...]
+
+
 class PrefixMeter:
-    """Adds up what one group reads over the layers of one forward. whole: segments whose budget covers the prefix."""
+    """Adds up what one group reads over the layers of one forward. whole: segments whose budget covers the prefix.
+
+    The common kind of plan is noted and counted for all layers at once: a dozen small operations per layer would take
+    as long as a good part of the attention itself.
+    """
 
     def __init__(self, group: RowGroup, whole: tuple[bool, ...] | None = None) -> None:
         self._group = group
@@ -57,6 +75,7 @@ class PrefixMeter:
         self._counts_3S: Tensor | None = None
         self._rows_SB: Tensor | None = None
         self._extra_S: Tensor | None = None  # positions read per KV head beside the plans
+        self._noted: list[_Lists] = []
         self._prefix_S = torch.tensor(group.prefix_lens)
 
     def add(self, plan: PrefixPlan, pool: KVPool) -> None:
@@ -72,6 +91,9 @@ class PrefixMeter:
         if plan.rows is None and (plan.kv is None or all(plan.kv.whole)):
             self._counts_3S += 1.0
             self._host_rows += 1
+            return
+        if plan.kv is not None and not plan.kv.per_row and plan.kv.heads == pool.num_kv_heads:
+            self._noted.append(_note(plan.rows, plan.kv, plan.granule, group.prefix_lens))
             return
         if plan.rows is None:
             rows_S = torch.full_like(self._prefix_S, group.block_length)
@@ -107,10 +129,49 @@ class PrefixMeter:
     def report(self, pool: KVPool) -> list[SegmentReport]:
         """One entry per segment of the group, in its order."""
         assert self._counts_3S is not None and self._rows_SB is not None, "no layer was counted"
+        self._count_noted(pool.num_kv_heads)
         shares = (self._counts_3S / self._layers).T.tolist()
         rows = ((self._rows_SB + self._host_rows) / self._layers).tolist()
         extra = [0.0] * len(shares) if self._extra_S is None else self._extra_S.tolist()
         return [self._one(i, tuple(shares[i]), tuple(rows[i]), extra[i], pool) for i in range(len(shares))]
+
+    def _count_noted(self, kv_heads: int) -> None:
+        """Count all noted layers: whole numbers of positions, so that no order of adding matters. L noted layers."""
+        if not self._noted:
+            return
+        assert self._counts_3S is not None and self._rows_SB is not None
+        noted, self._noted = self._noted, []
+        device, length_S = self._counts_3S.device, self._prefix_S.clamp(min=1)
+        rows_LSB = self._noted_rows(noted)
+        rows_LS = rows_LSB.sum(2)
+        sizes_LSH = torch.stack([layer.indptr for layer in noted]).diff().view(len(noted), -1, kv_heads)
+        granule_L11 = torch.tensor([layer.granule for layer in noted], device=device)[:, None, None]
+        read_LSH = sizes_LSH * granule_L11
+        if any(layer.last is not None for layer in noted):
+            none = torch.full((sizes_LSH[0].numel(),), -1, device=device)
+            last = torch.stack([none if layer.last is None else layer.last for layer in noted]).view(sizes_LSH.shape)
+            beyond_LSH = ((last + 1) * granule_L11 - self._prefix_S[:, None]).clamp(min=0)
+            read_LSH = read_LSH - beyond_LSH * (sizes_LSH > 0)
+        whole_LS = torch.tensor([layer.whole for layer in noted], device=device)
+        read_LS = torch.where(whole_LS, kv_heads * length_S, read_LSH.sum(2)) * (rows_LS > 0)
+        share_S = read_LS.sum(0).double() / (kv_heads * length_S)
+        dense_S = (whole_LS & (rows_LS == self._group.block_length)).sum(0).double()
+        self._counts_3S += torch.stack((share_S, share_S, dense_S))
+        self._rows_SB += rows_LSB.sum(0)
+
+    def _noted_rows(self, noted: list[_Lists]) -> Tensor:
+        """1 for each row whose prefix attention was computed in a noted layer: int64 [L, S, B]."""
+        segments, length = len(self._group.segments), self._group.block_length
+        device = self._prefix_S.device
+        computed = torch.zeros(len(noted), segments * length, dtype=torch.int64, device=device)
+        every = [number for number, layer in enumerate(noted) if layer.rows is None]
+        some = [(number, layer.rows) for number, layer in enumerate(noted) if layer.rows is not None]
+        computed[torch.tensor(every, dtype=torch.int64, device=device)] = 1
+        if some:
+            counts = torch.tensor([rows.shape[0] for _, rows in some], device=device)
+            number = torch.tensor([number for number, _ in some], device=device).repeat_interleave(counts)
+            computed[number, torch.cat([rows for _, rows in some])] = 1
+        return computed.view(len(noted), segments, length)
 
     def _one(
         self,
@@ -179,3 +240,9 @@ class PrefixMeter:
         beyond_SH = ((last_SH + 1) * granule - self._prefix_S[:, None]).clamp(min=0) * (sizes_SH > 0)
         read_S = (sizes_SH * granule - beyond_SH).sum(1)
         return read_S.double() / (kv.heads * self._prefix_S.clamp(min=1))
+
+
+def _note(rows: Tensor | None, kv: KVIndices, granule: int, prefix_lens: Sequence[int]) -> _Lists:
+    if not kv.indices.shape[0] or all(n % granule == 0 for n in prefix_lens):
+        return _Lists(rows, kv.indptr, None, granule, kv.whole)
+    return _Lists(rows, kv.indptr, kv.indices[(kv.indptr[1:] - 1).clamp(min=0)], granule, kv.whole)

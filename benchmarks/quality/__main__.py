@@ -25,8 +25,8 @@ from benchmarks.quality.plots import pareto
 from benchmarks.quality.report import tables, verdicts, write_claims
 from benchmarks.quality.rows import Row, RowFile, Samples
 from benchmarks.quality.runner import Runner
+from benchmarks.quality.samples import TASKS
 from benchmarks.quality.settings import BUDGET_SHARES, Decoding, names, settings
-from benchmarks.tiny_model import corpus
 
 CHECKPOINT = Path(__file__).parents[1] / "tiny_model" / "checkpoint"
 RESULTS = Path(__file__).parents[1] / "results"
@@ -79,7 +79,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default=CHECKPOINT)
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="prompt tokens")
-    parser.add_argument("--tasks", nargs="+", choices=corpus.TASKS, default=list(corpus.TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=names(), default=names())
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGET_SHARES), help="shares of the context")
     parser.add_argument("--samples", type=int, default=100, help="questions per cell")
@@ -93,7 +93,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/quality.jsonl")
     args = parser.parse_args(argv)
     if args.quick:
-        args.contexts, args.tasks, args.budgets, args.samples = [1024], ["multi_value", "multi_key"], [0.03, 0.12], 8
+        args.contexts, args.tasks, args.budgets, args.samples = [1024], ["multi_value", "late_key"], [0.03, 0.12], 8
     if args.out is None:
         args.out = QUICK if args.quick else RESULTS / "quality.jsonl"
     return args

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.quality.pools import DENSE, Pool, Strength, difference, difference_of_rows, named, pools
 from benchmarks.quality.rows import Row
+from benchmarks.quality.samples import LATE_KEY
 from benchmarks.quality.settings import QUEST_DENSE_FIRST
 from benchmarks.quality.statistics import Difference, holm
 
@@ -46,7 +47,16 @@ class Claim(BaseModel):
 
 
 def judge(rows: Sequence[Row]) -> list[Claim]:
-    """Every claim, in the light of these rows."""
+    """Every claim, in the light of these rows: of the questions, then of the late keys, whose blocks differ in kind."""
+    questions, late = [row for row in rows if row.task != LATE_KEY], [row for row in rows if row.task == LATE_KEY]
+    found = _claims(questions) if questions else []
+    for claim in _claims(late) if late else []:
+        changed = {"name": f"{claim.name}_{LATE_KEY}", "statement": f"late keys: {claim.statement}"}
+        found.append(claim.model_copy(update=changed))
+    return found
+
+
+def _claims(rows: Sequence[Row]) -> list[Claim]:
     return [
         near_dense(rows),
         *density(rows),
@@ -128,7 +138,8 @@ def not_worse(rows: Sequence[Row], kind: str) -> Claim:
     """LoSA plus against every other setting, at its most bytes that are not above the other's (else its fewest).
 
     Two families of tests, each with Holm's correction: the settings, each pooled over all tasks and contexts, and every
-    single cell.
+    single cell. It holds if none finds it worse and no pooled interval reaches below the points by which LoSA may
+    differ from dense, so that few samples decide nothing.
     """
     plus = [row for row in rows if row.name == "losa_plus"]
     others = [pool for pool in pools(rows) if pool.name != "losa_plus"]
@@ -151,7 +162,8 @@ def not_worse(rows: Sequence[Row], kind: str) -> Claim:
         figure |= {"p": p, "p_worse": p_worse}
     worse = [label for label, p in _significant(pooled) + _significant(cells)]
     better = sum(p < LEVEL and mine.mean > 0 for (_, mine), p in zip(pooled, _adjusted(pooled)[0], strict=True))
-    verdict: Verdict = "not decided" if not pooled else "does not hold" if worse else "holds"
+    sure = bool(pooled) and all(mine.low >= -NEAR for _, mine in pooled)
+    verdict: Verdict = "does not hold" if worse else "holds" if sure else "not decided"
     because = (
         f"significantly worse than {', '.join(worse) or 'no setting'} ({len(pooled)} pooled comparisons, "
         f"{len(cells)} of cells), significantly better than {better} settings (pooled)"

@@ -17,10 +17,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from benchmarks.quality.forced import Forced
 from benchmarks.quality.rows import Cell, Row, RowFile, Samples, measured
 from benchmarks.quality.runner import Answer, Runner
-from benchmarks.quality.samples import Asked, documents
+from benchmarks.quality.samples import LATE_KEY, Asked, documents
 from benchmarks.quality.settings import Setting
+from losa_runtime.core.batch import SparseParams
 
 
 class Batch(NamedTuple):
@@ -30,6 +32,7 @@ class Batch(NamedTuple):
     context: int
     cells: list[Cell]
     settings: list[Setting]
+    resolved: list[SparseParams]
 
 
 def grid(
@@ -42,7 +45,7 @@ def grid(
         for task in tasks:
             pairs = zip(settings, resolved, strict=True)
             cells = [samples.cell(setting, params, task, context) for setting, params in pairs]
-            found.append(Batch(task, context, cells, list(settings)))
+            found.append(Batch(task, context, cells, list(settings), resolved))
     return found
 
 
@@ -66,16 +69,27 @@ def rows(file: RowFile, batches: Sequence[Batch]) -> list[Row]:
 
 def _lacking(file: RowFile, batch: Batch) -> Batch:
     there = file.keys
-    pairs = [(c, s) for c, s in zip(batch.cells, batch.settings, strict=True) if c.key not in there]
-    return batch._replace(cells=[cell for cell, _ in pairs], settings=[setting for _, setting in pairs])
+    left = [i for i, cell in enumerate(batch.cells) if cell.key not in there]
+    return Batch(
+        batch.task,
+        batch.context,
+        [batch.cells[i] for i in left],
+        [batch.settings[i] for i in left],
+        [batch.resolved[i] for i in left],
+    )
 
 
 def _measure(runner: Runner, batch: Batch, samples: Samples, progress: Progress, bar: TaskID) -> list[Row]:
     start = time.perf_counter()
     answers: list[list[list[Answer]]] = [[] for _ in batch.cells]
+    forced = Forced(runner) if batch.task == LATE_KEY else None
     for document in _documents(batch, samples):
-        for mine, found in zip(answers, runner.ask(document, batch.settings, samples.decoding), strict=True):
-            mine.append(found)
+        if forced is None:
+            found = runner.ask(document, batch.settings, samples.decoding)
+        else:
+            found = forced.ask(document, batch.resolved)
+        for mine, new in zip(answers, found, strict=True):
+            mine.append(new)
         progress.advance(bar, len(batch.cells) * len(document.questions))
     total = time.perf_counter() - start
     progress.console.print(

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.quality.claims import BYTES, Bytes
 from benchmarks.quality.pools import DENSE, named, pools
 from benchmarks.quality.rows import Row
+from benchmarks.quality.samples import LATE_KEY
 
 # One colour and marker per name wherever it is drawn.
 STYLES: dict[str, tuple[str, str]] = {
@@ -35,24 +36,27 @@ def style(name: str) -> dict[str, Any]:
 
 
 def pareto(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy, mean over tasks, against bytes relative to dense: later steps above, whole blocks below."""
+    """Accuracy against bytes relative to dense, in later steps and in whole blocks, of questions and of late keys."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    questions, late = [row for row in rows if row.task != LATE_KEY], [row for row in rows if row.task == LATE_KEY]
+    lines = [("questions", kind, questions) for kind in BYTES] + [("late keys", kind, late) for kind in BYTES]
+    lines = [line for line in lines if line[2]]
     contexts = sorted({row.context for row in rows})
-    size = (3.6 * len(contexts) + 1.2, 6.6)
-    figure, axes = pyplot.subplots(2, len(contexts), figsize=size, squeeze=False, sharex="row")
-    for line, (kind, bytes_of) in zip(axes, BYTES.items(), strict=True):
+    size = (3.6 * len(contexts) + 1.2, 3.2 * len(lines) + 0.4)
+    figure, axes = pyplot.subplots(len(lines), len(contexts), figsize=size, squeeze=False, sharex="row")
+    for line, (what, kind, mine) in zip(axes, lines, strict=True):
         for panel, context in zip(line, contexts, strict=True):
-            _panel(panel, [row for row in rows if row.context == context], bytes_of)
-            panel.set_xlabel(f"bytes read relative to dense, {kind}")
-            panel.set_title(f"{context:,} tokens")
-        line[0].set_ylabel("right answers, mean over tasks")
+            _panel(panel, [row for row in mine if row.context == context], BYTES[kind])
+            panel.set_xlabel(f"bytes read relative to dense, {kind}", fontsize=8)
+            panel.set_title(f"{what}, {context:,} tokens", fontsize=9)
+        line[0].set_ylabel("right answers")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=5, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)

@@ -12,7 +12,7 @@ from rich.table import Table
 from benchmarks.quality.claims import Claim
 from benchmarks.quality.pools import Pool, pools
 from benchmarks.quality.rows import Row
-from benchmarks.tiny_model.corpus import TASKS
+from benchmarks.quality.samples import LATE_KEY, TASKS
 
 COLOURS = {"holds": "green", "does not hold": "red", "not decided": "yellow"}
 
@@ -43,7 +43,9 @@ def write_claims(claims: Sequence[Claim], path: Path) -> None:
 def _table(rows: Sequence[Row], context: int) -> Table:
     tasks = [task for task in TASKS if any(row.task == task for row in rows)]
     samples = "/".join(str(n) for n in sorted({row.samples for row in rows}))
-    table = Table(title=f"{context:,} tokens, {samples} answers per cell; figures of later steps except the last")
+    table = Table(
+        title=f"{context:,} tokens, {samples} answers per cell; figures of later steps but the last, without late_key"
+    )
     for name in ("method", "budget", *tasks, "mean", "density q", "density KV", "active rows", "steps/block"):
         table.add_column(name, justify="left" if name in ("method", "budget") else "right")
     table.add_column("bytes", justify="right")
@@ -59,6 +61,8 @@ def _table(rows: Sequence[Row], context: int) -> Table:
 
 def _cells(pool: Pool, tasks: Sequence[str], context: int) -> list[str]:
     right = [pool.rows.get((task, context)) for task in tasks]
+    questions = {place: row for place, row in pool.rows.items() if row.task != LATE_KEY}
+    pool = pool._replace(rows=questions or pool.rows)
     return [
         *("-" if row is None else f"{row.accuracy:.0%}" for row in right),
         f"{pool.accuracy:.1%}",

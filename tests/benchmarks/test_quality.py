@@ -11,7 +11,7 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality.claims import Claim, judge
 from benchmarks.quality.pools import pools
 from benchmarks.quality.rows import Cell, Row, RowFile
-from benchmarks.quality.samples import documents
+from benchmarks.quality.samples import LATE_KEY, TASKS, documents
 from benchmarks.quality.settings import BUDGET_SHARES, Decoding, budgets, names, settings
 from benchmarks.tiny_model import corpus
 from losa_runtime.sparse.method import METHODS, method_class
@@ -77,9 +77,9 @@ def test_a_document_with_one_fact_is_asked_once() -> None:
 
 
 def test_prompts_fit_the_context() -> None:
-    for task in corpus.TASKS:
+    for task in TASKS:
         for document in documents(task, 512, 4, 4, seed=1):
-            assert all(400 < corpus.count_tokens(prompt) <= 512 for prompt in document.prompts)
+            assert all(350 < corpus.count_tokens(prompt) <= 512 for prompt in document.prompts)
 
 
 def test_budgets_are_whole_pages_without_repetition() -> None:
@@ -127,6 +127,20 @@ def test_a_run_measures_what_is_missing_and_reports(tmp_path: Path) -> None:
     assert out.read_text().splitlines() == later
     assert (tmp_path / "rows_pareto.png").stat().st_size > 10_000
     assert len(json.loads((tmp_path / "rows_claims.json").read_text())) == 8
+
+
+def test_late_keys_punish_a_support_that_is_fixed_too_early(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    grid = [*GRID, "--tasks", LATE_KEY, "--out", str(out), "--methods"]
+    assert command.main([*grid, "dense", "losa", "flashblock"]) == 0
+    rows = {(row.name, row.options.get("refresh_tokens")): row for row in RowFile(out).rows}
+    assert rows["dense", None].outcomes == rows["losa", None].outcomes == rows["flashblock", 1].outcomes == "11 1"
+    assert rows["flashblock", 16].outcomes == "00 0"
+    assert rows["flashblock", 16].bytes_ratio == 0.0
+    assert rows["losa", None].active_rows == 5.0
+    assert rows["dense", None].forwards_per_block == 8.0
+    assert command.main([*GRID, "--out", str(out), "--methods", "dense"]) == 0  # the engine's cache is its own again
+    assert RowFile(out).rows[-1].outcomes == "11 1"
 
 
 def test_a_row_does_not_depend_on_its_company(tmp_path: Path) -> None:
@@ -188,6 +202,8 @@ def test_losa_plus_is_compared_at_no_more_bytes() -> None:
     assert found.verdict == "does not hold"
     assert "quest 3%" in found.because
     assert claim([*plus, row("quest", ALL, 0.4)], "losa_plus_not_worse_later_steps").verdict == "holds"
+    few = [row("losa_plus", "1111 1110", 0.2), row("quest", "1111 1111", 0.3)]
+    assert claim(few, "losa_plus_not_worse_later_steps").verdict == "not decided"
     below = claim([*plus, row("quest", ALL, 0.1)], "losa_plus_not_worse_later_steps")
     assert below.figures[0]["above"] == 1  # its cheapest reads more than the other
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from losa_kernels.native.layout import Pages, Segments, check, query, ref
 from losa_kernels.native.library import CLists, Kernels
 
-
 PEAK_CHUNK = 1024  # kChunk in csrc/level.h: a page never lies in two chunks
 
 

@@ -70,8 +70,9 @@ class Stage:
         assert len(settings) <= self.slots, f"{len(settings)} settings, {self.slots} slots"
         mode = ForwardMode.DENOISE if step else ForwardMode.OPEN
         row, start = np.array(tokens, dtype=np.int64), len(self._stored)
+        left = np.flatnonzero(row == self.mask)
         items = [
-            WorkItem(mode, row, start, self._pages, slot=s, step=step, sparse=sparse, unmasked=unmasked)
+            WorkItem(mode, row, start, self._pages, s, step, left, sparse=sparse, unmasked=unmasked)
             for s, sparse in enumerate(settings)
         ]
         hidden_RC, reports = self._forward(items, glass)

@@ -60,6 +60,14 @@ class KVIndices(NamedTuple):
     whole: tuple[bool, ...]
     per_row: bool = False
 
+    def mask(self, owner: int, width: int) -> Tensor:
+        """The lists of one owner as a bool mask [heads, width]."""
+        ends = self.indptr[owner * self.heads : (owner + 1) * self.heads + 1]
+        head = torch.repeat_interleave(torch.arange(self.heads, device=ends.device), ends.diff())
+        marked = torch.zeros(self.heads, width, dtype=torch.bool, device=ends.device)
+        marked[head, self.indices[int(ends[0]) : int(ends[-1])]] = True
+        return marked
+
     @classmethod
     def from_mask(cls, chosen_OEP: Tensor, whole: tuple[bool, ...], per_row: bool = False) -> KVIndices:
         """Lists per owner and head from a bool mask; the mask of whole segments is empty."""

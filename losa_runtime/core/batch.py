@@ -60,6 +60,7 @@ class Segment(NamedTuple):
     pages: int64 [P] page ids of the request in order, covering prefix_len (+ its own rows for a store segment).
     slot: index of per-request method state, -1 for store and SCORE segments. step: denoising step inside the block
     (0 = OPEN). sparse: None for store and SCORE segments. unmasked: tokens accepted in this block before this step.
+    masked: offsets that may still be unmasked (None: not said, any of them).
     """
 
     mode: ForwardMode
@@ -71,6 +72,7 @@ class Segment(NamedTuple):
     step: int = 0
     sparse: SparseParams | None = None
     unmasked: int = 0
+    masked: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)

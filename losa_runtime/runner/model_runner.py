@@ -59,7 +59,8 @@ class ModelRunner:
         for item in items:
             stop = row + item.tokens.size
             pages = torch.from_numpy(item.pages).to(self._device)
-            about = (item.slot, item.step, item.sparse, item.unmasked)
+            masked = None if item.candidates is None else tuple(item.candidates.tolist())
+            about = (item.slot, item.step, item.sparse, item.unmasked, masked)
             segments.append(Segment(item.mode, row, stop, item.start, pages, *about))
             if item.mode.stores:
                 positions = np.arange(item.start, item.start + item.tokens.size)

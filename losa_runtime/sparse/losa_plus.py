@@ -14,12 +14,14 @@ Later steps, per layer:
      moves with the query: L(q') = L(q) + scale (q' - q) . k, with k the softmax mean of the heaviest keys outside the
      support. For the softmax mean of all of them this is the first-order term, and as L is convex in q, a lower bound:
      a row that hardly moved keeps full-attention information, one that was unmasked is not misled by the past.
-No page summaries are read: in later steps the support is everything.
+  6. search: a row that is still masked and whose query moved further than `novelty` from where it last looked over the
+     whole prefix looks for what the support lacks: the budget's best pages by QUEST's bounds join the support for the
+     rest of the block. Only then page summaries are read. A page's tokens keep the little weight that they have in the
+     remainders (none was among the heaviest), so that weight is counted twice from then on.
 
 The first step finds the support in one pass: it also reports each row's largest score per page, and only the tokens
 of the best pages (`spread` times the budget, at least LEAST_PAGES pages) are scored one by one, from their keys.
 
-Limit: what no row looked at in the first step cannot be found later in the same block.
 S segments, B block length, R = S * B rows, H query heads, G KV heads, D head dim, P pages, N candidate positions.
 """
 
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from losa_kernels.reference.attention import merge_states, remove_state
 from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
+from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists, RowQueries, RowStates
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
 from losa_runtime.sparse.step import DenoiseStep, Part
@@ -43,12 +46,14 @@ LEAST_PAGES = 64  # scored token by token, however small the budget
 
 class LosaPlusOptions(MethodOptions):
     """tolerance: change of a query since its last refresh, relative to its length, up to which a row is reused; 0 =
-    only rows whose query is the same. remainder: False = active rows attend to the support alone. granule: unit of the
+    only rows whose query is the same. novelty: the same since its last look over the whole prefix, from which a masked
+    row searches; 0 = never. remainder: False = active rows attend to the support alone. granule: unit of the
     support; whole pages need no scoring of tokens. spread: candidate tokens per token of the budget. least_mass: what
     no row gives more mass than this stays outside the support even if the budget has room.
     """
 
     tolerance: float = Field(default=0.05, ge=0.0, le=10.0)
+    novelty: float = Field(default=1.0, ge=0.0, le=10.0)
     remainder: bool = True
     granule: Literal["token", "page"] = "token"
     spread: int = Field(default=4, ge=1, le=1024)
@@ -59,12 +64,14 @@ class LosaPlus(SparseMethod):
     """See the module. A prefix within the budget is read whole, by active rows."""
 
     Options: ClassVar[type[MethodOptions]] = LosaPlusOptions
+    summaries: ClassVar[frozenset[Summary]] = frozenset({Summary.KEY_BOUNDS})
 
     def __init__(self, geometry: Geometry, memory: BlockMemory) -> None:
         super().__init__(geometry, memory)
         self._support = HeldLists()
         # Output of the remainder, and its log-sum-exp at a query of zero if it grew along `_mean_key` all the way.
         self._remainder, self._mean_key = RowStates(geometry), RowQueries(geometry)
+        self._searched = RowQueries(geometry)  # with which each row last looked over the whole prefix
 
     def plan(self, layer: int, q_RHD: Tensor, step: DenoiseStep, backend: AttentionBackend) -> PrefixPlan:
         self.memory.begin(layer, step)
@@ -73,7 +80,9 @@ class LosaPlus(SparseMethod):
         peaks = self._room_for_peaks(q_RHD, rows, step)
         if all(whole):
             return PrefixPlan(rows, peaks=peaks)
-        return PrefixPlan(rows, self._support.lists(layer, step.slots, whole), self._granule(step), peaks=peaks)
+        scored = self._search(layer, q_RHD, rows, whole, step, backend)
+        lists = self._support.lists(layer, step.slots, whole)
+        return PrefixPlan(rows, lists, self._granule(step), scored, peaks)
 
     def complete(
         self,
@@ -94,7 +103,7 @@ class LosaPlus(SparseMethod):
 
     @classmethod
     def state_bytes(cls, geometry: Geometry, itemsize: int) -> int:
-        return RowStates.bytes(geometry) + RowQueries.bytes(geometry, itemsize)
+        return RowStates.bytes(geometry) + 2 * RowQueries.bytes(geometry, itemsize)
 
     def release(self, slot: int) -> None:
         super().release(slot)
@@ -108,15 +117,47 @@ class LosaPlus(SparseMethod):
     def _active_rows(self, layer: int, q_RHD: Tensor, step: DenoiseStep) -> Tensor | None:
         """Rows to recompute, int64 sorted (None: all); their queries become the reference of the next change."""
         q_SBHD = q_RHD.view(len(step.slots), self.geometry.block_length, *q_RHD.shape[1:])
-        refreshed_XBHD = self.memory.query(layer, q_RHD)
+        refreshed_XBHD, searched_XBHD = self.memory.query(layer, q_RHD), self._searched.of_layer(layer, q_RHD)
+        for index, slot in enumerate(step.slots):
+            if step.opens[index]:
+                refreshed_XBHD[slot] = searched_XBHD[slot] = q_SBHD[index]
         if all(step.opens):
-            refreshed_XBHD[step.slots_S] = q_SBHD
             return None
         before_SBHD = refreshed_XBHD[step.slots_S]
         active_SB = _distance(q_SBHD, before_SBHD) > _options(step).tolerance
         active_SB |= step.tensor(step.opens, torch.bool)[:, None]
         refreshed_XBHD[step.slots_S] = torch.where(active_SB[..., None, None], q_SBHD, before_SBHD)
         return active_SB.flatten().nonzero().flatten()
+
+    def _search(
+        self,
+        layer: int,
+        q_RHD: Tensor,
+        rows: Tensor | None,
+        whole: tuple[bool, ...],
+        step: DenoiseStep,
+        backend: AttentionBackend,
+    ) -> tuple[bool, ...] | None:
+        """Let rows that moved far add pages to the supports; per segment, whether bounds were read (None: nowhere)."""
+        novelty = _options(step).novelty
+        if not novelty or rows is None or not rows.shape[0]:
+            return None
+        searched_RHD = self._searched.of_layer(layer, q_RHD).flatten(0, 1)
+        far = _distance(q_RHD[rows], searched_RHD[step.place_R[rows]]) > novelty
+        segment_n = rows // self.geometry.block_length
+        far &= step.masked_SB.flatten()[rows] & ~step.tensor(whole, torch.bool)[segment_n]
+        looking = rows[far]
+        if not looking.shape[0]:
+            return None
+        searched_RHD[step.place_R[looking]] = q_RHD[looking]
+        best_S = step.budget_S // self.geometry.page_size
+        found = backend.select_pages(layer, q_RHD, looking, whole, best_S, step.group)
+        for index in sorted(set((looking // self.geometry.block_length).tolist())):
+            pages_GP = found.kv.mask(index, -(-step.group.prefix_lens[index] // self.geometry.page_size))
+            per_page = self.geometry.page_size // self._granule(step)
+            granules = -(-step.group.prefix_lens[index] // self._granule(step))
+            self._support.extend(layer, step.slots[index], pages_GP.repeat_interleave(per_page, 1)[:, :granules])
+        return found.scored
 
     def _with_remainder(
         self, layer: int, q_RHD: Tensor, plan: PrefixPlan, got: AttnState, step: DenoiseStep, scale: float
@@ -213,8 +254,8 @@ def _selecting(step: DenoiseStep) -> tuple[bool, ...]:
     return tuple(first and not covered for first, covered in zip(step.opens, step.whole, strict=True))
 
 
-def _distance(now_SBHD: Tensor, before_SBHD: Tensor) -> Tensor:
-    """Length of each row's change relative to its earlier query, over all heads: float32 [S, B]."""
-    before = before_SBHD.float()
-    change, length = ((now_SBHD.float() - before).square().sum((-1, -2)), before.square().sum((-1, -2)))
+def _distance(now: Tensor, before: Tensor) -> Tensor:
+    """Length of each row's change relative to its earlier query, over all heads and channels: float32, [..., H, D]."""
+    before = before.float()
+    change, length = ((now.float() - before).square().sum((-1, -2)), before.square().sum((-1, -2)))
     return (change / length.clamp(min=1e-30)).sqrt()

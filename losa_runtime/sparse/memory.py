@@ -134,6 +134,14 @@ class HeldLists:
         indices = chosen_EN.nonzero()[:, -1] if granules_EN is None else granules_EN[chosen_EN]
         self._lists[layer, slot] = (chosen_EN.sum(-1), indices)
 
+    def extend(self, layer: int, slot: int, more_EN: Tensor) -> None:
+        """Hold the granules marked in a bool mask, too."""
+        sizes, indices = self._get(layer, slot)
+        head = torch.repeat_interleave(torch.arange(sizes.shape[0], device=indices.device), sizes)
+        held_EN = more_EN.clone()
+        held_EN[head, indices] = True
+        self.put(layer, slot, held_EN)
+
     def lists(self, layer: int, slots: Sequence[int], whole: tuple[bool, ...]) -> KVIndices:
         """The lists of these slots; empty for those in `whole`, which read everything."""
         held = [None if all_ else self._get(layer, slot) for slot, all_ in zip(slots, whole, strict=True)]

@@ -76,6 +76,15 @@ class DenoiseStep:
         return self.tensor(self.budgets, torch.int64)
 
     @cached_property
+    def masked_SB(self) -> Tensor:
+        """Rows that may still be unmasked, bool."""
+        block = self.group.block_length
+        every = tuple(range(block))
+        some = [every if segment.masked is None else segment.masked for segment in self.group.segments]
+        flags = [[offset in mine for offset in every] for mine in map(frozenset, some)]
+        return self.tensor(flags, torch.bool)
+
+    @cached_property
     def active_count_S(self) -> Tensor:
         """Rows to recompute by the count and ratio rules, int64; 0 under the tau rule."""
         return self.tensor([_active_count(p.active, self.group.block_length) for p in self.params], torch.int64)

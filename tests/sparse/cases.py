@@ -40,7 +40,7 @@ CASES: dict[str, Case] = {
     "dense": Case(keeps_state=False, active=ALL),
     "quest": Case(keeps_state=False, opens_dense=False, active=ALL, first="summaries", later="summaries"),
     "losa": Case(active=3, later="summaries"),
-    "losa_plus": Case(full={"tolerance": 0.0}, first="keys", again=16),
+    "losa_plus": Case(full={"tolerance": 0.0}, first="keys", later=None, again=16),
     "mage": Case(active=ALL, first="keys"),
     "sparsed": Case(active=ALL, opening=2, first="keys"),
     "flashblock": Case(full={"refresh_tokens": 0}, rests=True),

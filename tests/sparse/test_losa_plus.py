@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from losa_runtime.attention.backend import RowGroup
 from losa_runtime.core.batch import ForwardMode, Segment, SparseParams
 from losa_runtime.sparse import losa_plus
 from losa_runtime.sparse.losa_plus import LosaPlus
+from losa_runtime.sparse.step import DenoiseStep
 from tests.sparse.stage import Result, Rows, Sizes, Stage, denoise_item, params, random_rows
 
 PROMPT = 96
@@ -157,3 +159,49 @@ def test_release_frees_the_lists() -> None:
     stage.methods["losa_plus"].release(0)
     with pytest.raises(AssertionError, match="without an opening step"):
         held(stage, 0)
+
+
+def late_needle(s: Sizes, name: str, block: int, step: int, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """From step 1 on, one row looks at a key that nobody looked at in the first step."""
+    q, k, v = random_rows(s, name, block, 0, layer)
+    needle = torch.nn.functional.one_hot(torch.tensor(3), s.dim).float()
+    q[..., 3] = 0
+    k[..., 3] = -1
+    if block == 2:
+        k[1] = 6 * needle
+    if block == PROMPT // s.block and step:
+        q[1] = 6 * needle
+    return q, k, v
+
+
+def test_a_row_that_moved_far_searches_and_finds(sizes: Sizes) -> None:
+    exact = run(sizes, params("dense"), 3, late_needle)[1]
+    stage, results = run(sizes, params("losa_plus"), 3, late_needle)
+    blind = run(sizes, params("losa_plus", novelty=0.0), 3, late_needle)[1]
+    assert all(2 * sizes.block + 1 in positions for positions in held(stage, 0))
+    assert error(results, exact) < 0.02 < error(blind, exact)
+    read = [result.report.metadata_bytes for result in results if result.report is not None]
+    pages = -(-PROMPT // sizes.page)
+    assert read[1] == sizes.layers * 2 * pages * sizes.kv_heads * sizes.dim * 4 and read[2] == 0
+    assert all(result.report is not None and result.report.metadata_bytes == 0 for result in blind[1:])
+
+
+def test_only_masked_rows_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = Sizes()
+    for masked, found in (((0, 1), True), ((0, 2), False), (None, True)):
+        monkeypatch.setattr(DenoiseStep, "masked_SB", property(lambda step, m=masked: _flags(sizes, m)))
+        stage, _ = run(sizes, params("losa_plus"), 2, late_needle)
+        assert (2 * sizes.block + 1 in held(stage, 0)[0]) == found
+
+
+def _flags(sizes: Sizes, masked: tuple[int, ...] | None) -> Tensor:
+    return torch.tensor([[masked is None or offset in masked for offset in range(sizes.block)]])
+
+
+def test_a_step_knows_the_masked_rows() -> None:
+    segments = [
+        Segment(ForwardMode.OPEN, 0, 4, 0, torch.empty(0), 0, 0, params("dense"), masked=(1, 3)),
+        Segment(ForwardMode.OPEN, 4, 8, 0, torch.empty(0), 1, 0, params("dense")),
+    ]
+    step = DenoiseStep(RowGroup.of(segments, 4, torch.device("cpu")), torch.device("cpu"))
+    assert step.masked_SB.tolist() == [[False, True, False, True], [True] * 4]

@@ -65,7 +65,7 @@ def test_defaults_and_precedence() -> None:
         ({"token_budget": 64}, "token_budget", "absent"),
         ({"sparse_method": "losa", "token_budget": 8192}, "token_budget", "at most the context length 4096"),
         ({"sparse_method": "dense", "sparse_options": {"speed": 9}}, "sparse_options", "'dense' has no options"),
-        ({"sparse_method": "losa_plus", "sparse_options": {"speed": 9}}, "sparse_options", "tolerance, remainder"),
+        ({"sparse_method": "losa_plus", "sparse_options": {"speed": 9}}, "sparse_options", "tolerance, novelty"),
         ({"sparse_method": "losa_plus", "sparse_options": {"tolerance": -1.0}}, "sparse_options", "greater than"),
         ({"sparse_method": "losa_plus", "sparse_options": {"granule": "word"}}, "sparse_options", "'token' or 'page'"),
     ],
@@ -86,8 +86,8 @@ def test_methods_that_are_not_offered_are_refused_with_the_reason() -> None:
     assert settled({"sparse_method": "mage"}, **few).method == "mage"
     with pytest.raises(InvalidRequest, match=r"allowed: dense, mage .*'quest'.*its pages keep no key_bounds"):
         settled({"sparse_method": "quest"}, **few)
-    with pytest.raises(InvalidRequest, match=r"without 'losa_plus' in sparse_methods\)$"):
-        settled({"sparse_method": "losa_plus"}, **few)
+    with pytest.raises(InvalidRequest, match=r"without 'flashblock' in sparse_methods\)$"):
+        settled({"sparse_method": "flashblock"}, **few)
     with pytest.raises(ConfigError, match="sparse_method: found 'dense', allowed: mage"):
         settled(sparse_methods=("mage",))
     with pytest.raises(ConfigError, match="sparse_methods: found 'sparsest'"):

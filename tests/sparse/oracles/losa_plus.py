@@ -9,9 +9,10 @@ import math
 
 import torch
 
+from tests.sparse.oracles.bounds import listed_positions
 from tests.sparse.oracles.maths import Scene, States, best, softmax
 
-TOLERANCE, LEAST_MASS = 0.05, 0.001  # the defaults
+TOLERANCE, LEAST_MASS, NOVELTY = 0.05, 0.001, 1.0  # the defaults
 
 
 def prefix_states(scene: Scene) -> States:
@@ -21,15 +22,28 @@ def prefix_states(scene: Scene) -> States:
         states = scene.dense()
         memory.update(refreshed=scene.q.clone(), opened=scene.q.clone(), dense=states)
         memory["support"] = [] if covered else [support(scene, g) for g in range(scene.keys.shape[1])]
+        memory.update(searched=scene.q.clone(), first_support=list(memory["support"]))
     else:
         states = dict(memory["states"])
-        for row in scene.rows:
-            change = (scene.q[row] - memory["refreshed"][row]).norm() / memory["refreshed"][row].norm()
-            if float(change) > TOLERANCE:
-                memory["refreshed"][row] = scene.q[row]
-                states |= {(row, h): scene.attend(row, h) if covered else fresh(scene, row, h) for h in scene.heads}
+        active = [row for row in scene.rows if moved(scene, row, "refreshed") > TOLERANCE]
+        looking = [row for row in active if moved(scene, row, "searched") > NOVELTY and not covered]
+        found = listed_positions(scene, {(row, head) for row in looking for head in scene.heads}, "max", "union")
+        for (_, head), listed in found.items():
+            kv_head = scene.kv_head(head)
+            memory["support"][kv_head] = sorted({*memory["support"][kv_head], *listed})
+        for row in active:
+            memory["refreshed"][row] = scene.q[row]
+            states |= {(row, h): scene.attend(row, h) if covered else fresh(scene, row, h) for h in scene.heads}
+        for row in looking:
+            memory["searched"][row] = scene.q[row]
     memory["states"] = states
     return states
+
+
+def moved(scene: Scene, row: int, since: str) -> float:
+    """Distance from a remembered query, relative to its length."""
+    before = scene.memory[since][row]
+    return float((scene.q[row] - before).norm() / before.norm())
 
 
 def support(scene: Scene, kv_head: int) -> list[int]:
@@ -49,7 +63,7 @@ def fresh(scene: Scene, row: int, head: int) -> tuple[torch.Tensor, float]:
     """The support now, and the rest as it was, its weight moved along the mean of its keys."""
     kv_head = scene.kv_head(head)
     inside = scene.memory["support"][kv_head]
-    outside = [at for at in range(len(scene.keys)) if at not in inside]
+    outside = [at for at in range(len(scene.keys)) if at not in scene.memory["first_support"][kv_head]]
     out, lse = scene.attend(row, head, inside)
     before, keys = scene.memory["opened"][row, head], scene.keys[outside, kv_head]
     if not outside:

@@ -72,6 +72,7 @@ def block_logits(q_BHD: Tensor, blocks: KeyBlocks, scale: float, beta: float) ->
 def share_logits(logits_GFn: Tensor) -> Tensor:
     """Logarithm of the softmax over the blocks, averaged over a KV group, up to a constant: float32 [G, n].
 
-    In logarithms, because probabilities that vanish would tie.
+    In logarithms, because probabilities that vanish would tie. A logit that is not a number stays by itself.
     """
-    return torch.log_softmax(logits_GFn, dim=-1).logsumexp(1)
+    known_GFn = logits_GFn.masked_fill(logits_GFn.isnan(), -torch.inf)
+    return (logits_GFn - known_GFn.logsumexp(-1, keepdim=True)).logsumexp(1)

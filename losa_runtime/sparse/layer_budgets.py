@@ -53,7 +53,12 @@ def vote(q_RHD: Tensor, lse_RH: Tensor, keys_GND: Tensor, scale: float, count: i
 
 
 def share_budget(scores: Sequence[float], budget: int, minimum: int) -> list[int]:
-    """Keys per KV head and layer: max(minimum, floor(s_l / sum of s * budget * L)) for L layers."""
+    """Keys per KV head and layer: max(minimum, floor(s_l / sum of s * budget * L)) for L layers.
+
+    Scores that are not numbers come with attention that is none either, and end the request; until then all are equal.
+    """
+    if not all(math.isfinite(score) for score in scores):
+        scores = [1.0] * len(scores)
     total = math.fsum(scores)
     return [max(minimum, math.floor(score * budget * len(scores) / total)) for score in scores]
 

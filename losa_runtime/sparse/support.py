@@ -62,8 +62,13 @@ def candidates(
     return Candidates(positions_GN, keys_GND, scores_GXN.masked_fill(beyond_GN[:, None], -torch.inf))
 
 
-def best_granules(scores_GP: Tensor, count: int, least_mass: float = 0.0) -> Tensor:
-    """The `count` best of each KV head, ties to the lowest, without those of at most `least_mass`: bool [G, P]."""
+def best_granules(scores_GP: Tensor, count: int, least_mass: float | None = None) -> Tensor:
+    """The `count` best of each KV head, ties to the lowest, without those of at most `least_mass`: bool [G, P].
+
+    least_mass: 0 leaves out what is behind the prefix; None = exactly `count`, whatever they hold.
+    """
     most = min(count, scores_GP.shape[1])
     chosen_GP = top_pages(scores_GP[None], torch.tensor([most], device=scores_GP.device))[0]
-    return chosen_GP & (scores_GP > (math.log(least_mass) if least_mass else -torch.inf))
+    if least_mass is None:
+        return chosen_GP
+    return chosen_GP & ~(scores_GP <= (math.log(least_mass) if least_mass else -torch.inf))

@@ -101,6 +101,14 @@ def test_top_pages_break_ties_to_the_lowest_page(scores: list[list[int]], counts
         assert chosen[row, 0].nonzero().flatten().tolist() == sorted(best)
 
 
+def test_what_is_not_a_number_is_the_best_and_never_one_too_few() -> None:
+    """As in the native kernel: who reads it finds out, while a page that is left out would be missed by nobody."""
+    nan = torch.nan
+    table = torch.tensor([[1.0, nan, 3.0, nan], [nan] * 4, [torch.inf, 2.0, nan, 1.0], [-nan, -torch.inf, 0.0, 1.0]])
+    chosen = top_pages(table[:, None], torch.tensor([2, 3, 2, 2]))
+    assert [row[0].nonzero().flatten().tolist() for row in chosen] == [[1, 3], [0, 1, 2], [0, 2], [0, 3]]
+
+
 def test_union_is_per_segment_and_head() -> None:
     chosen = torch.zeros(3, 2, 4, dtype=torch.bool)
     chosen[0, 0, 1] = chosen[1, 0, 3] = chosen[1, 0, 1] = chosen[2, 1, 0] = True

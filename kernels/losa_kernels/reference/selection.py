@@ -61,7 +61,11 @@ def _sum_in_order(grouped_RGFP: Tensor) -> Tensor:
 
 
 def top_pages(scores_RGP: Tensor, count_R: Tensor) -> Tensor:
-    """The count_R[r] best pages of each row and head: bool [R, G, P]. Padding is -inf; 1 <= count <= real pages."""
+    """The count_R[r] best pages of each row and head: bool [R, G, P]. Padding is -inf; 1 <= count <= real pages.
+
+    NaN counts as infinite: a broken page is read, so that its reader finds out, and no list comes out too short.
+    """
+    scores_RGP = scores_RGP.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     most = int(count_R.max())
     best = torch.topk(scores_RGP, most, dim=-1).values
     last = (count_R - 1)[:, None, None].expand(*scores_RGP.shape[:2], 1)

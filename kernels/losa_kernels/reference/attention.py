@@ -11,7 +11,6 @@ from torch import Tensor
 
 from losa_kernels.reference.paging import gather_pages, gather_rows, position_rows
 
-
 REMAINDER = 1e-4
 
 

@@ -71,6 +71,17 @@ class DiffusionParams(BaseModel):
     def _whole_numbers_are_floats(cls, value: object) -> object:
         return _as_float(value)
 
+    @field_validator("sparse_options", mode="before")
+    @classmethod
+    def _options_have_simple_values(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        for name, found in value.items():
+            if not isinstance(found, bool | int | float | str | None):
+                allowed = "a number, a text, true or false"
+                raise InvalidRequestValue(f"custom_params.sparse_options.{name}", found, allowed)
+        return {name: found for name, found in value.items() if found is not None}
+
     @model_validator(mode="after")
     def _one_active_rule(self) -> Self:
         given = [n for n in ("active_tokens", "active_ratio", "active_tau") if getattr(self, n) is not None]

@@ -34,21 +34,26 @@ from torch import Tensor
 from losa_kernels.reference.selection import top_pages
 from losa_runtime.attention.backend import AttentionBackend, PrefixPlan
 from losa_runtime.core.batch import SparseParams
+from losa_runtime.core.errors import InvalidRequest
+from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.key_blocks import KeyBlocks, block_logits, cut_keys, share_logits
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
 from losa_runtime.sparse.step import DenoiseStep
 
+LEAST_BLOCK = 8  # tokens; the float32 statistics of fewer take more than a quarter of the memory of K/V in 16 bits
+
 
 class BaAttOptions(MethodOptions):
-    """block_size: tokens per key block; 128 in the paper. sort: by norm, as in the paper; else by position.
+    """block_size: tokens per key block, in requests at least LEAST_BLOCK; 128 in the paper. sort: by norm, as in the
+    paper; else by position.
 
     beta: weight of the variance term; 1 in the paper, 0 switches it off. variance_layers: where it is used, the first
     and the last layer ("ends", as the paper), "all", or "none". first_step: whether a block's first step selects like
     the others ("sparse", as the paper has no other) or reads everything.
     """
 
-    block_size: int = Field(default=128, ge=1)
+    block_size: int = Field(default=128, ge=1, le=MAX_COUNT)
     sort: bool = True
     beta: float = Field(default=1.0, ge=0.0, le=100.0)
     variance_layers: Literal["ends", "all", "none"] = "ends"
@@ -92,6 +97,12 @@ class BaAtt(SparseMethod):
         """Tokens of the key blocks that each KV head reads: token_budget, rounded up to a multiple of block_size."""
         size = _options(params.options).block_size
         return -(-params.token_budget // size) * size
+
+    @classmethod
+    def check(cls, params: SparseParams, geometry: Geometry) -> None:
+        size = _options(params.options).block_size
+        if size < LEAST_BLOCK:
+            raise InvalidRequest("custom_params.sparse_options.block_size", size, f"at least {LEAST_BLOCK}")
 
     def _cut(self, layer: int, index: int, step: DenoiseStep, backend: AttentionBackend) -> None:
         """Sort and cut the keys before a segment."""

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
+from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import BlockMemory, Geometry
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
 from losa_runtime.sparse.step import DenoiseStep
@@ -30,7 +31,7 @@ class FlashBlockOptions(MethodOptions):
     which is exact; at least the block length: never one after the first step.
     """
 
-    refresh_tokens: int = Field(default=2, ge=0)
+    refresh_tokens: int = Field(default=2, ge=0, le=MAX_COUNT)
 
 
 class FlashBlock(SparseMethod):

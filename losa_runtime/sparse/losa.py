@@ -27,6 +27,7 @@ from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
 from losa_runtime.cache.kv_pool import Summary
+from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import BlockMemory, Geometry
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
 from losa_runtime.sparse.pages import PageOptions, plan_pages
@@ -49,7 +50,7 @@ class LosaOptions(PageOptions):
     """The first step of a block: all rows over the whole prefix, or over pages chosen as in later steps. Dense is
     what the paper does and found better."""
 
-    refresh_every: int = Field(default=0, ge=0)
+    refresh_every: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Steps n, 2 n, … of a block (counted from 0) recompute all rows over the whole prefix; 0: none does. The paper
     describes no such refresh. 1 is dense attention, but for a sparse first step."""
 

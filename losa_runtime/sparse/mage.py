@@ -30,6 +30,7 @@ from losa_kernels.reference.selection import share_scores, top_pages
 from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.errors import InvalidRequest
+from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.layer_budgets import LayerVotes, cut, share_budget, vote
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
@@ -44,9 +45,9 @@ class MageOptions(MethodOptions):
     lift the sum over the layers. Only with layer_adaptive; the paper's value is not known, 1 if absent.
     """
 
-    dense_layers: int = Field(default=0, ge=0)
+    dense_layers: int = Field(default=0, ge=0, le=MAX_COUNT)
     layer_adaptive: bool = False
-    minimum_budget: int | None = Field(default=None, ge=1)
+    minimum_budget: int | None = Field(default=None, ge=1, le=MAX_COUNT)
 
 
 class Mage(SparseMethod):

@@ -81,6 +81,11 @@ class SparseMethod(ABC):
         return params.token_budget
 
     @classmethod
+    def instead_of_budget(cls, options: MethodOptions) -> str | None:
+        """The option that is set and takes the place of token_budget, if there is one."""
+        return None
+
+    @classmethod
     def state_bytes(cls, geometry: Geometry, itemsize: int) -> int:
         """Memory that the method's state will take once it is used, beside the `BlockMemory` shared by all."""
         return 0

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend, PageChoice, PrefixPlan
+from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import Geometry
 from losa_runtime.sparse.method import MethodOptions
 from losa_runtime.sparse.step import DenoiseStep
@@ -26,7 +27,7 @@ class PageOptions(MethodOptions):
     pages: Literal["union", "own"] = "union"
     """What a row reads: all that any row of its block chose, or its own choice. As much is loaded either way."""
 
-    dense_layers: int = Field(default=0, ge=0)
+    dense_layers: int = Field(default=0, ge=0, le=MAX_COUNT)
     """The first layers in which every row reads everything in every step. QUEST's code keeps two; here none, so that
     the density of methods can be compared and small models still select."""
 

@@ -37,11 +37,12 @@ def resolve(wanted: DiffusionParams, config: EngineConfig, geometry: Geometry) -
     given = wanted.sparse_options or {}
     if name == config.sparse_method:
         given = defaults.model_dump(exclude_unset=True) | given
+    options = _options(method, name, given, wanted)
     params = SparseParams(
         method=name,
-        token_budget=_budget(method, name, wanted, config, geometry),
+        token_budget=_budget(method, name, options, wanted, config, geometry),
         active=_rule(method, name, wanted, config, geometry.block_length),
-        options=_options(method, name, given, wanted),
+        options=options,
         planned_steps=wanted.denoising_steps or config.denoising_steps or geometry.block_length,
     )
     try:
@@ -86,11 +87,19 @@ def _check_name(name: str, source: DiffusionParams | None, config: EngineConfig)
 
 
 def _budget(
-    method: type[SparseMethod], name: str, wanted: DiffusionParams, config: EngineConfig, geometry: Geometry
+    method: type[SparseMethod],
+    name: str,
+    options: MethodOptions,
+    wanted: DiffusionParams,
+    config: EngineConfig,
+    geometry: Geometry,
 ) -> int:
     if wanted.token_budget is not None:
         if not method.has_budget:
             raise _refusal(wanted, "token_budget", wanted.token_budget, f"absent: {name!r} selects nothing")
+        instead = method.instead_of_budget(options)
+        if instead is not None:
+            raise _refusal(wanted, "token_budget", wanted.token_budget, f"absent beside sparse_options.{instead}")
         _check_budget(wanted.token_budget, geometry, wanted)
         return wanted.token_budget
     if config.token_budget is not None:

@@ -26,10 +26,12 @@ from torch import Tensor
 from losa_kernels.reference.selection import top_pages
 from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
 from losa_runtime.core.batch import SparseParams
-from losa_runtime.core.sampling_params import InvalidRequestValue
+from losa_runtime.core.sampling_params import MAX_COUNT, InvalidRequestValue
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
 from losa_runtime.sparse.step import DenoiseStep
+
+MAX_KERNEL = 1023  # pooling costs kernel times the prefix
 
 
 class SparseDllmOptions(MethodOptions):
@@ -40,8 +42,8 @@ class SparseDllmOptions(MethodOptions):
     by default.
     """
 
-    delay: int = Field(default=1, ge=0)
-    kernel: int = Field(default=3, ge=1)
+    delay: int = Field(default=1, ge=0, le=MAX_COUNT)
+    kernel: int = Field(default=3, ge=1, le=MAX_KERNEL)
     keep_ratio: float | None = Field(default=None, gt=0.0, le=1.0)
 
     @field_validator("kernel")
@@ -94,6 +96,10 @@ class SparseDllm(SparseMethod):
         self._lists.close(slot)
 
     @classmethod
+    def instead_of_budget(cls, options: MethodOptions) -> str | None:
+        return None if _options(options).keep_ratio is None else "keep_ratio"
+
+    @classmethod
     def budget(cls, params: SparseParams, prefix_len: int) -> int:
         """Tokens that are kept: token_budget, or the share of the prefix if that is set."""
         ratio = _options(params.options).keep_ratio
@@ -101,8 +107,8 @@ class SparseDllm(SparseMethod):
 
 
 def kept_tokens(ratio: float, prefix_len: int) -> int:
-    """The share of the prefix, rounded up. 0.07 of 100 is 7, although the product of the floats is more."""
-    return math.ceil(round(ratio * prefix_len, 9))
+    """The share of the prefix, rounded up, at least one token. 0.07 of 100 is 7, though the floats' product is more."""
+    return max(1, math.ceil(round(ratio * prefix_len, 9)))
 
 
 def pooled_scores(q_RHD: Tensor, keys_GND: Tensor, kernel: int) -> Tensor:

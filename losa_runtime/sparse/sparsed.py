@@ -28,6 +28,7 @@ from torch import Tensor
 from losa_kernels.reference.selection import top_pages
 from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
 from losa_runtime.core.batch import SparseParams
+from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
 from losa_runtime.sparse.step import DenoiseStep
@@ -42,7 +43,7 @@ class SparseDOptions(MethodOptions):
     """
 
     dense_share: float = Field(default=0.2, ge=0.0, le=1.0)
-    block_size: int = Field(default=32, ge=1)
+    block_size: int = Field(default=32, ge=1, le=MAX_COUNT)
     keep_ratio: float | None = Field(default=None, gt=0.0, le=1.0)
 
 
@@ -89,6 +90,10 @@ class SparseD(SparseMethod):
     def release(self, slot: int) -> None:
         super().release(slot)
         self._lists.close(slot)
+
+    @classmethod
+    def instead_of_budget(cls, options: MethodOptions) -> str | None:
+        return None if _options(options).keep_ratio is None else "keep_ratio"
 
     @classmethod
     def budget(cls, params: SparseParams, prefix_len: int) -> int:

@@ -223,15 +223,14 @@ class PrefixMeter:
         if kv.per_row:
             rows = torch.arange(lists // kv.heads, device=owner.device) if plan.rows is None else plan.rows
             owner = rows[owner] // self._group.block_length
-        head = head * heads // kv.heads
-        index = kv.indices
-        if kv.per_row or heads < kv.heads:
-            found = torch.unique(torch.stack((owner, head, index)), dim=1)
-            owner, head, index = found[0], found[1], found[2]
-        read = (self._prefix_S[owner] - index * plan.granule).clamp(max=plan.granule)
-        total = torch.zeros(self._prefix_S.shape[0], dtype=torch.float64, device=read.device)
-        total.index_add_(0, owner, read.double())
-        return total / (heads * self._prefix_S.clamp(min=1))
+        # Marking takes memory, but a fraction of the time of sorting the entries to find each only once.
+        width = -(-max(self._group.prefix_lens) // plan.granule)
+        marked_SHn = torch.zeros(self._prefix_S.shape[0], heads, width, dtype=torch.bool, device=owner.device)
+        marked_SHn[owner, head * heads // kv.heads, kv.indices] = True
+        first_n = torch.arange(width, device=owner.device) * plan.granule
+        size_Sn = (self._prefix_S[:, None] - first_n).clamp(min=0, max=plan.granule)
+        read_S = (marked_SHn.sum(1) * size_Sn).sum(1)
+        return read_S.double() / (heads * self._prefix_S.clamp(min=1))
 
     def _listed_once(self, kv: KVIndices, granule: int) -> Tensor:
         """`_listed` where nothing is listed twice: granules times their size, less what the last one lacks."""

@@ -35,7 +35,7 @@ def random_plan(whole: tuple[bool, ...], heads: int, granule: int, per_row: bool
 
 
 def positions(plan: PrefixPlan, segment: int, rows: list[int], head: int, heads: int) -> set[int]:
-    """Prefix positions that some row of a segment reads with list heads that belong to `head` of `heads`."""
+    """Prefix positions that some row of a segment reads with the lists that serve `head` of `heads`."""
     length, kv = PREFIXES[segment], plan.kv
     if not rows:
         return set()
@@ -46,7 +46,7 @@ def positions(plan: PrefixPlan, segment: int, rows: list[int], head: int, heads:
     found: set[int] = set()
     for owner in owners:
         for mine in range(kv.heads):
-            if mine * heads // kv.heads == head:
+            if mine == head * kv.heads // heads or mine * heads // kv.heads == head:
                 entry = owner * kv.heads + mine
                 for granule in kv.indices[int(kv.indptr[entry]) : int(kv.indptr[entry + 1])].tolist():
                     found |= set(range(granule * plan.granule, min(length, (granule + 1) * plan.granule)))
@@ -58,16 +58,18 @@ def check(plans: list[PrefixPlan]) -> None:
     for plan in plans:
         meter.add(plan, POOL)
     for segment, report in enumerate(meter.report(POOL)):
-        length, density, shares, dense = PREFIXES[segment], 0.0, [0.0] * B, True
+        length, density, by_query_head, shares, dense = PREFIXES[segment], 0.0, 0.0, [0.0] * B, True
         for plan in plans:
             every = range(4 * B) if plan.rows is None else plan.rows.tolist()
             rows = [row for row in every if row // B == segment]
             whole = plan.kv is None or plan.kv.whole[segment]
             read = sum(len(positions(plan, segment, rows, head, G)) for head in range(G))
+            alone = sum(len(positions(plan, segment, rows, head, H)) for head in range(H))
             density += (read / (G * length) if length else float(whole and bool(rows))) / len(plans)
+            by_query_head += (alone / (H * length) if length else float(whole and bool(rows))) / len(plans)
             shares = [share + (segment * B + i in rows) / len(plans) for i, share in enumerate(shares)]
             dense &= whole and len(rows) == B
-        assert report.kv_density == pytest.approx(density)
+        assert report.kv_density == pytest.approx(density) and report.kv_density_q == pytest.approx(by_query_head)
         assert report.row_shares == pytest.approx(tuple(shares)) and report.dense == dense
         assert report.kv_bytes == round(density * length * len(plans) * G * 2 * 8 * 4)
 

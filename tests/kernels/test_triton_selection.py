@@ -142,17 +142,25 @@ def test_more_pages_than_a_step_lists() -> None:
     assert found_lists(select(world, *asked, context_pages=2048)) == reference_choice(world, *asked)
 
 
+def test_zeros_of_either_sign_are_level() -> None:
+    world = make_world([9], heads=1, kv_heads=1, page=1, block=4)
+    planned, skipped = plan(world, [0, 1]), on_device([False])
+    row = [-1.0, -0.0, 0.0, -0.0, -2.0, 0.0, -1.0, 3.0, -0.0]
+    scores = torch.tensor([row, row[::-1]] * 2, device=DEVICE)[:, None]
+    bars = page_bars(scores, planned, world.segments, 1, on_device([4]), skipped, 64)
+    per_row = page_lists(scores, bars, planned, world.segments, 1, skipped, 36, 9, per_row=True)
+    assert found_lists(per_row) == [[1, 2, 3, 7], [0, 1, 3, 5], [], []]
+
+
 def test_equal_pages_are_taken_from_the_front() -> None:
-    """Also where every score is zero of either sign, or negative."""
+    """Also where every score is zero, or negative."""
     world = make_world([160], heads=1, kv_heads=1)
     assert world.pages.bounds is not None
     world.q[:] = 1.0
-    for value in (1.0, 0.0, -0.0, -3.0):
+    for value in (1.0, 0.0, -3.0):
         world.pages.bounds[:] = value
         assert found_lists(select(world, [0, 5], [3], [False])) == [[0, 1, 2]]
     world.pages.bounds[:] = 0.0
-    world.pages.bounds[world.tables[0][::2]] = -0.0
-    assert found_lists(select(world, [0, 5], [3], [False])) == [[0, 1, 2]]
     world.pages.bounds[world.tables[0][[4, 7]]] = 100.0
     assert found_lists(select(world, [0, 5], [3], [False])) == [[0, 4, 7]]
 

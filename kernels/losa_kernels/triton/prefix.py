@@ -21,7 +21,7 @@ CHUNK = 1024  # keys of a split where results must not depend on the batch
 KEYS = 32  # keys of a step of the loop: small tiles, so that two programs fit on every kind of processor
 MAX_KEYS = 128  # divides every chunk
 PROGRAMS_PER_PROCESSOR = 2
-MAX_TILE_ROWS = 128
+MAX_TILE_ROWS, MAX_TILE = 128, 128 * 128  # rows of a tile, and numbers of its output
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -59,7 +59,7 @@ def attend_prefix(
     if lists is not None:
         _check_lists(lists, planned, segments, pages, heads)
     folded = share if per_row else segments.block_length * share
-    rows = tile_rows(folded)
+    rows = tile_rows(folded, dim)
     tiles = -(-folded // rows)
     owners = planned.room if per_row else segments.count
     launch(
@@ -102,9 +102,10 @@ def attend_prefix(
     return Parts(out, lse)
 
 
-def tile_rows(folded: int) -> int:
+def tile_rows(folded: int, dim: int) -> int:
     """Rows of a tile for that many rows with folded heads: at least what a matrix product takes."""
-    return min(MAX_TILE_ROWS, max(16, power_of_two(folded)))
+    most = min(MAX_TILE_ROWS, MAX_TILE // power_of_two(dim))
+    return min(most, max(16, power_of_two(folded)))
 
 
 def filling_chunk(programs: int, most: int, processors: int) -> int:

@@ -15,7 +15,7 @@ from losa_kernels.triton.choose import Bars
 from losa_kernels.triton.launch import launch, power_of_two
 from losa_kernels.triton.layout import Lists, Planned, Segments, check, check_planned
 
-MARKED_PAGES = 256  # of a program that marks
+MARKS = 4096  # scores of a program that marks
 LISTED_PAGES = 1024  # of a step of the loop that lists
 COUNTS = 2048  # of a step of the loop that sums
 
@@ -42,7 +42,9 @@ def page_lists(
     check("cutoff", bars.cutoff, (room, lists), torch.int32)
     check("whole", whole_S, (segments.count,), torch.bool)
     owners, device = room if per_row else segments.count, scores_nEP.device
-    tiles = -(-width // MARKED_PAGES)
+    rows = 1 if per_row else power_of_two(segments.block_length)
+    pages = min(LISTED_PAGES, max(1, MARKS // rows))
+    tiles = -(-width // pages)
     marks = torch.empty(owners, lists, width, dtype=torch.uint8, device=device)
     counts = torch.empty(owners, lists, tiles, dtype=torch.int32, device=device)
     indptr = torch.empty(owners * lists + 1, dtype=torch.int64, device=device)
@@ -60,8 +62,8 @@ def page_lists(
         segments=segments.count,
         width=width,
         LISTS=lists,
-        ROWS=1 if per_row else power_of_two(segments.block_length),
-        PAGES=MARKED_PAGES,
+        ROWS=rows,
+        PAGES=pages,
         PER_ROW=per_row,
     )
     launch(

@@ -32,7 +32,7 @@ STYLES: dict[str, tuple[str, str]] = {
 def style(name: str) -> dict[str, Any]:
     """Keywords for a line."""
     colour, marker = STYLES.get(name, ("#999999", "."))
-    return {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.2}
+    return {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.2, "alpha": 0.85}
 
 
 def pareto(rows: Sequence[Row], path: Path) -> None:
@@ -56,7 +56,7 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
         line[0].set_ylabel("right answers")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=5, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
@@ -69,7 +69,8 @@ def _panel(panel: Any, rows: Sequence[Row], bytes_of: Bytes) -> None:
         panel.plot([x for x, _ in points], [y for _, y in points], label=name, **style(name))
     for dense in named(every, DENSE):
         panel.axhline(dense.accuracy, color="black", linewidth=0.6, linestyle=":")
-    panel.set_xscale("log")
+    panel.set_xscale("symlog", linthresh=0.01)  # FlashBlock may read nothing
+    panel.set_ylim(-0.04, 1.04)
     panel.grid(alpha=0.25)
     panel.yaxis.set_major_formatter("{x:.0%}")
     panel.xaxis.set_major_formatter("{x:.0%}")

@@ -80,7 +80,8 @@ class SegmentCost(NamedTuple):
 
 class BlockResult(NamedTuple):
     """The outcome of one block segment. offsets: accepted candidates; tokens, logprobs: theirs. For SCORE: the score
-    of the one candidate. error: why the segment has no usable result (not-a-number logits); the rest is then empty."""
+    of the one candidate. cost: of a denoising step, not of SCORE. error: why the segment has no usable result
+    (not-a-number logits); offsets, tokens and logprobs are then empty."""
 
     offsets: Ids
     tokens: Ids

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from losa_runtime.attention.backend import AttentionBackend
-from losa_runtime.core.batch import ForwardBatch, Segment
+from losa_runtime.core.batch import ForwardBatch, ForwardMode, Segment
 from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem
 from losa_runtime.models.model import BlockDiffusionModel
 from losa_runtime.runner.unmask import Unmasker
@@ -48,7 +48,10 @@ class ModelRunner:
         blocks = [item for item in work.items if not item.mode.stores]
         results = self._unmasker(blocks, hidden_TC[batch.stored :])
         reports = attend.report()
-        return [r._replace(cost=_cost(report)) for r, report in zip(results, reports, strict=True)]
+        return [
+            result if item.mode is ForwardMode.SCORE else result._replace(cost=_cost(report))
+            for item, result, report in zip(blocks, results, reports, strict=True)
+        ]
 
     def tensors(self, items: Sequence[WorkItem]) -> ForwardBatch:
         """The ragged rows of a round on the device."""

@@ -158,14 +158,16 @@ class Scheduler:
             self._stored(req, item)
             return None
         assert result is not None
+        block = req.block
+        if result.cost is not None:
+            assert block is not None
+            req.cost.add_step(result.cost, first=item.mode is ForwardMode.OPEN, unmasked=block.latest)
         if result.error is not None:
             return News(finish=FinishReason(type="error", message=result.error, status_code=500))
         if item.mode is ForwardMode.SCORE:
             req.scores.append(float(result.logprobs[0]))
             return None
-        block = req.block
         assert block is not None and result.cost is not None
-        req.cost.add_step(result.cost, first=item.mode is ForwardMode.OPEN, unmasked=block.latest)
         block.accept(result.offsets, result.tokens, result.logprobs)
         news = after_step(req, block)
         if news is not None and block.complete and news.finish is None:

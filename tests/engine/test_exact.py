@@ -193,6 +193,15 @@ def test_every_method_accounts_for_its_bytes(tiny: LLM, method: str) -> None:
             assert stats.bytes_ratio < 0.75 and stats.block_bytes_ratio < 1.0
 
 
+def test_scoring_is_not_counted_as_denoising(tiny: LLM) -> None:
+    before = tiny.engine.stats()
+    tiny.score([prompt(40, seed=15)], start=3)
+    after = tiny.engine.stats()
+    assert after["forwards"] != before["forwards"]
+    counted = ("denoise_steps", "kv_bytes", "metadata_bytes", "dense_bytes", "block_bytes_ratio")
+    assert [after[field] for field in counted] == [before[field] for field in counted]
+
+
 def test_sparse_requests_report_what_they_read(tiny: LLM) -> None:
     ids = prompt(320, seed=13)
     fixed = {"algorithm": "low_confidence_static", "denoising_steps": 8}

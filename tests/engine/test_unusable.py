@@ -44,6 +44,10 @@ def test_broken_keys_end_their_own_request_only(llm: LLM, method: str, options: 
         temperature=0, max_new_tokens=24, ignore_eos=True, logit_bias={POISON: -1000.0}, custom_params=custom
     )
     [alone] = llm.generate([HEALTHY], params)
+    before = llm.engine.stats()
     bad, good = llm.generate([BROKEN, HEALTHY], params)
+    after = llm.engine.stats()
+    for field in ("denoise_steps", "kv_bytes", "dense_bytes"):
+        assert after[field] - before[field] == getattr(bad.stats, field) + getattr(good.stats, field)  # type: ignore[operator]
     assert bad.finish.type == "error" and "not finite" in str(bad.finish.message)
     assert good.finish.type == "length" and good.token_ids == alone.token_ids

@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality --samples 100
     python -m benchmarks.quality --quick
+    python -m benchmarks.quality --ablations
 
 Rows go to benchmarks/results/quality.jsonl as they are measured; cells that are already there are not measured again.
 Tables, claims (beside it, _claims.json) and the plot (_pareto.png) are of the rows that the options ask for.
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from benchmarks.quality import ablations
 from benchmarks.quality.claims import judge
 from benchmarks.quality.measure import fill, grid, rows
 from benchmarks.quality.plots import pareto
@@ -26,12 +28,13 @@ from benchmarks.quality.report import tables, verdicts, write_claims
 from benchmarks.quality.rows import Row, RowFile, Samples
 from benchmarks.quality.runner import Runner
 from benchmarks.quality.samples import TASKS
-from benchmarks.quality.settings import BUDGET_SHARES, Decoding, names, settings
+from benchmarks.quality.settings import BUDGET_SHARES, Decoding, Setting, names, settings
 
 CHECKPOINT = Path(__file__).parents[1] / "tiny_model" / "checkpoint"
 RESULTS = Path(__file__).parents[1] / "results"
 QUICK = Path(__file__).parents[2] / "build" / "quality" / "quality.jsonl"
 PAGE_SIZE = 16
+CONTEXTS = (2048, 4096, 8192, 16384)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,32 +46,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quick:
         args.out.unlink(missing_ok=True)
     file = RowFile(args.out)
+    found = [row for page_size, wanted in _jobs(args) for row in _run(args, file, page_size, wanted, console)]
+    _report(found, args, console)
+    return 0
+
+
+def _jobs(args: argparse.Namespace) -> Iterator[tuple[int, dict[int, list[Setting]]]]:
+    """What each engine is asked, by its page size: settings per context."""
+    if not args.ablations:
+        yield PAGE_SIZE, {n: settings(args.methods, n, args.budgets, PAGE_SIZE) for n in args.contexts}
+        return
+    yield PAGE_SIZE, {n: ablations.settings(n, PAGE_SIZE) for n in args.contexts}
+    for page_size in ablations.PAGE_SIZES:
+        yield page_size, {n: ablations.settings_of_pages(n, page_size) for n in args.contexts}
+
+
+def _run(
+    args: argparse.Namespace, file: RowFile, page_size: int, wanted: dict[int, list[Setting]], console: Console
+) -> list[Row]:
+    """Measure what the file lacks; the rows of all that is wanted and there."""
     samples = Samples(
         decoding=Decoding(None if args.adaptive else args.steps),
         samples=args.samples,
         per_document=args.per_document,
         seed=args.seed,
-        page_size=PAGE_SIZE,
+        page_size=page_size,
     )
-    runner = Runner(str(args.model), max(args.contexts), PAGE_SIZE)
-    wanted = {context: settings(args.methods, context, args.budgets, PAGE_SIZE) for context in args.contexts}
+    runner = Runner(str(args.model), max(args.contexts), page_size)
     batches = grid(runner, wanted, args.tasks, samples)
     if not args.report_only:
         console.print(f"{fill(runner, file, batches, samples, console)} new rows in {args.out}")
-    _report(rows(file, batches), args.out, console)
-    return 0
+    return rows(file, batches)
 
 
-def _report(found: Sequence[Row], out: Path, console: Console) -> None:
+def _report(found: Sequence[Row], args: argparse.Namespace, console: Console) -> None:
     """Tables, plot and claims of the rows that this run asked for."""
     if not found:
         console.print("There are no rows to report on.")
-        return
-    tables(found, console)
-    claims = judge(found)
-    verdicts(claims, console)
-    write_claims(claims, out.with_name(f"{out.stem}_claims.json"))
-    pareto(found, out.with_name(f"{out.stem}_pareto.png"))
+    elif args.ablations:
+        ablations.table(found, console)
+    else:
+        tables(found, console)
+        claims = judge(found)
+        verdicts(claims, console)
+        write_claims(claims, args.out.with_name(f"{args.out.stem}_claims.json"))
+        pareto(found, args.out.with_name(f"{args.out.stem}_pareto.png"))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,8 +100,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default=CHECKPOINT)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="prompt tokens")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--contexts", type=int, nargs="+", default=None, help=f"prompt tokens, default: {CONTEXTS}")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=None, help="default: all")
     parser.add_argument("--methods", nargs="+", choices=names(), default=names())
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGET_SHARES), help="shares of the context")
     parser.add_argument("--samples", type=int, default=100, help="questions per cell")
@@ -88,14 +110,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--adaptive", action="store_true", help="as many steps as the confidence rule takes")
     parser.add_argument("--seed", type=int, default=0, help="of the documents")
     parser.add_argument("--threads", type=int, default=None, help="default: what torch would take")
+    parser.add_argument("--ablations", action="store_true", help="one choice of each method changed at a time instead")
     parser.add_argument("--quick", action="store_true", help="a small grid, under two minutes on two cores")
     parser.add_argument("--report-only", action="store_true", help="measure nothing, report on what is in the file")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/quality.jsonl")
     args = parser.parse_args(argv)
     if args.quick:
         args.contexts, args.tasks, args.budgets, args.samples = [1024], ["multi_value", "late_key"], [0.03, 0.12], 8
+    args.contexts = args.contexts or list(ablations.CONTEXTS if args.ablations else CONTEXTS)
+    args.tasks = args.tasks or list(ablations.TASKS if args.ablations else TASKS)
     if args.out is None:
-        args.out = QUICK if args.quick else RESULTS / "quality.jsonl"
+        name = "quality_ablations.jsonl" if args.ablations else "quality.jsonl"
+        args.out = QUICK if args.quick else RESULTS / name
     return args
 
 

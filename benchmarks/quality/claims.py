@@ -187,10 +187,9 @@ def fewer_bytes(rows: Sequence[Row], kind: str) -> Claim:
     plus, losa = first.get("losa_plus"), first.get("losa")
     shown = ", ".join(f"{name}: {_share(value)}" for name, value in first.items() if name != "context")
     verdict: Verdict = "not decided"
-    if isinstance(plus, float):
-        verdict = "holds" if losa is None or (isinstance(losa, float) and plus < losa) else "does not hold"
-    elif isinstance(losa, float):
-        verdict = "does not hold"
+    if {"losa", "losa_plus"} <= first.keys() and (plus is not None or losa is not None):
+        fewer = isinstance(plus, float) and (losa is None or (isinstance(losa, float) and plus < losa))
+        verdict = "holds" if fewer else "does not hold"
     statement = f"LoSA plus needs fewer bytes than LoSA to come within {CLOSE * 100:g} point of dense ({kind})"
     name = f"losa_plus_fewer_bytes_{kind.replace(' ', '_')}"
     return Claim(name=name, statement=statement, verdict=verdict, because=shown, figures=figures)

@@ -43,7 +43,7 @@ class Setting(NamedTuple):
     """One way to read the prefix. name: of the row in tables; usually the method's.
 
     budget: tokens, None where the method has none; share: of the context, before rounding to pages. options: the
-    method's own, sorted pairs; active_tokens: LoSA's rule.
+    method's own, sorted pairs; active: LoSA's rule, e.g. ("active_tokens", 3), None = its default.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Setting(NamedTuple):
     budget: int | None = None
     share: float | None = None
     options: tuple[tuple[str, bool | int | float | str], ...] = ()
-    active_tokens: int | None = None
+    active: tuple[str, int | float] | None = None
 
     @classmethod
     def of(
@@ -60,7 +60,7 @@ class Setting(NamedTuple):
         method: str,
         budget: Budget | None = None,
         options: Options | None = None,
-        active: int | None = None,
+        active: tuple[str, int | float] | None = None,
     ) -> Setting:
         """With the options in their canonical order."""
         tokens, share = budget or (None, None)
@@ -68,13 +68,16 @@ class Setting(NamedTuple):
 
     def params(self, decoding: Decoding) -> DiffusionParams:
         """What a request asks for."""
-        return DiffusionParams(
-            sparse_method=self.method,
-            token_budget=self.budget,
-            active_tokens=self.active_tokens,
-            sparse_options=dict(self.options) or None,
-            **decoding.params,  # type: ignore[arg-type]
-        )
+        wanted = {
+            "sparse_method": self.method,
+            "token_budget": self.budget,
+            "sparse_options": dict(self.options) or None,
+            **decoding.params,
+        }
+        if self.active is not None:
+            rule, value = self.active
+            wanted[rule] = value
+        return DiffusionParams.model_validate(wanted)
 
 
 # Options that differ from a method's defaults; tried on other documents, the best for the method is taken.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from benchmarks.quality import __main__ as command
+from benchmarks.quality import ablations
 from benchmarks.quality.claims import Claim, judge
 from benchmarks.quality.pools import pools
-from benchmarks.quality.rows import Cell, Row, RowFile
+from benchmarks.quality.rows import Cell, Row, RowFile, Samples
+from benchmarks.quality.runner import Runner
 from benchmarks.quality.samples import LATE_KEY, TASKS, documents
 from benchmarks.quality.settings import BUDGET_SHARES, Decoding, budgets, names, settings
 from benchmarks.tiny_model import corpus
@@ -98,6 +102,27 @@ def test_every_registered_method_is_asked_at_every_budget() -> None:
     assert settings(["losa", "dense"], 4096, (0.01,), 16)[0].name == "dense"
 
 
+def test_every_variant_can_be_served_and_is_another_cell(bundled_checkpoint: Path) -> None:
+    samples = Samples(decoding=Decoding(8), samples=4, per_document=4, seed=0, page_size=16)
+    runner = Runner(str(bundled_checkpoint), 1024, running=2)
+    made = ablations.settings(1024, 16)
+    cells = [samples.cell(s, runner.resolve(s, Decoding(8)), "multi_key", 1024) for s in made]
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert {setting.name for setting in made} == {variant.name for variant in ablations.variants()}
+    pages = ablations.settings_of_pages(4096, 64)
+    assert {setting.budget for setting in pages} == {64, 256}
+    assert pages[0].name == "losa page_size 64"
+
+
+def test_variants_stand_beside_their_defaults() -> None:
+    rows = [row("losa", "1100"), row("losa active_tau 0.5", "1111"), row("losa", "1100", task=LATE_KEY)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    ablations.table(rows, console)
+    [line] = [line for line in console.export_text().splitlines() if "active_tau" in line]
+    assert "100.0%" in line
+    assert "+50.0 [" in line
+
+
 def test_decoding_by_steps_and_by_confidence() -> None:
     assert Decoding(6).params == {"algorithm": "low_confidence_static", "denoising_steps": 6}
     assert Decoding(None).params == {"algorithm": "low_confidence_dynamic", "threshold": 0.9}
@@ -149,7 +174,7 @@ def test_a_row_does_not_depend_on_its_company(tmp_path: Path) -> None:
     assert command.main([*GRID, "--out", str(company), "--methods", "dense", "mage", "losa"]) == 0
     [mine] = RowFile(alone).rows
     [same] = [r for r in RowFile(company).rows if r.name == "losa"]
-    ignore = {"seconds"}
+    ignore = {"seconds", "commit"}
     assert mine.model_dump(exclude=ignore) == same.model_dump(exclude=ignore)
 
 
@@ -218,6 +243,7 @@ def test_fewer_bytes_takes_the_cheapest_within_a_point() -> None:
     found = claim(rows, "losa_plus_fewer_bytes_later_steps")
     assert found.verdict == "holds"
     assert found.figures[0] == {"context": "all", "dense": 1.0, "losa": 0.3, "losa_plus": 0.2}
+    assert claim(rows[:-1], "losa_plus_fewer_bytes_later_steps").verdict == "not decided"
     rows[-1] = row("losa_plus", HALF, 0.2)
     assert claim(rows, "losa_plus_fewer_bytes_later_steps").verdict == "does not hold"
 

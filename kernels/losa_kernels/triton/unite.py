@@ -33,8 +33,8 @@ def page_lists(
 ) -> Lists:
     """Sorted lists of pages, per segment the union over its planned rows, or per planned row. Raises ValueError.
 
-    whole_S: bool, True = the segment's lists are empty. capacity: bound on the pages of all lists together. most: as in
-    `Lists`. Owners behind the last planned row have empty lists.
+    whole_S: bool, as in `Lists`; the bars of such segments take nothing. capacity: bound on the pages of all lists
+    together. most: as in `Lists`. Owners behind the last planned row have empty lists.
     """
     room, lists, width = check("scores", scores_nEP, (planned.room, None, None), torch.float32).shape
     check_planned(planned, segments)
@@ -56,7 +56,6 @@ def page_lists(
         bar=bars.bar,
         cutoff=bars.cutoff,
         row_indptr=planned.indptr,
-        whole=whole_S.view(torch.uint8),
         marks=marks,
         counts=counts,
         segments=segments.count,
@@ -88,7 +87,6 @@ def _mark_kernel(
     bar: tl.tensor,
     cutoff: tl.tensor,
     row_indptr: tl.tensor,
-    whole: tl.tensor,
     marks: tl.tensor,
     counts: tl.tensor,
     segments: tl.tensor,
@@ -105,7 +103,7 @@ def _mark_kernel(
         end = tl.minimum(owner + 1, tl.load(row_indptr + segments))
     else:
         first = tl.load(row_indptr + owner)
-        end = tl.where(tl.load(whole + owner) != 0, first, tl.load(row_indptr + owner + 1))
+        end = tl.load(row_indptr + owner + 1)
     page = tl.program_id(2) * PAGES + tl.arange(0, PAGES)
     place = first + tl.arange(0, ROWS)
     real = place < end

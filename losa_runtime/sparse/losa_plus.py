@@ -17,7 +17,8 @@ Later steps, per layer:
   6. search: a row that is still masked and whose query moved further than `novelty` from where it last looked over the
      whole prefix looks for what the support lacks: the budget's best pages by QUEST's bounds join the support for the
      rest of the block. Only then page summaries are read. A page's tokens keep the little weight that they have in the
-     remainders (none was among the heaviest), so that weight is counted twice from then on.
+     remainders (none was among the heaviest), so that weight is counted twice from then on. The
+     support grows with every search and is not bounded: a block whose queries keep jumping ends up reading like QUEST.
 
 The first step finds the support in one pass: it also reports each row's largest score per page, and only the tokens
 of the best pages (`spread` times the budget, at least LEAST_PAGES pages) are scored one by one, from their keys.

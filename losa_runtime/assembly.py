@@ -139,6 +139,7 @@ def assemble(config: EngineConfig) -> Parts:
         head_dim=model_config.head_dim,
         page_size=config.page_size,
         block_length=model_config.block_length,
+        same_bits=config.deterministic,
     )
     model = load_model(folder, model_config, dtype, device, config.show_progress)
     use_row_tile(model, ROW_TILE if config.deterministic else None)

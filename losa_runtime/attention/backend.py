@@ -156,7 +156,8 @@ class SelectedPages(NamedTuple):
 
 
 class BackendConfig(NamedTuple):
-    """What a backend is asked to serve. dtype: of q, k, v; kv_dtype: of the pages."""
+    """What a backend is asked to serve. dtype: of q, k, v; kv_dtype: of the pages. same_bits: stored rows get the same
+    bits however their prompt is cut, also where that is slower."""
 
     device: torch.device
     dtype: torch.dtype
@@ -166,6 +167,7 @@ class BackendConfig(NamedTuple):
     head_dim: int
     page_size: int
     block_length: int
+    same_bits: bool = False
 
     def misfit(self) -> str | None:
         """Why no backend can serve these sizes, or None."""
@@ -184,9 +186,9 @@ class AttentionBackend(ABC):
     What is not abstract here is made of the other methods or of the reference; a backend may do it in one go.
     """
 
-    def __init__(self, pool: KVPool, num_heads: int, scale: float | None = None) -> None:
+    def __init__(self, pool: KVPool, num_heads: int, scale: float | None = None, same_bits: bool = False) -> None:
         assert num_heads % pool.num_kv_heads == 0
-        self.pool, self.num_heads = pool, num_heads
+        self.pool, self.num_heads, self.same_bits = pool, num_heads, same_bits
         self.scale = pool.head_dim**-0.5 if scale is None else scale
 
     @classmethod
@@ -210,7 +212,8 @@ class AttentionBackend(ABC):
     def prefill(self, layer: int, q_RHD: Tensor, group: RowGroup) -> Tensor:
         """Block-causal attention of stored rows, read from the pages: out [R, H, D].
 
-        Also a row's own block is read as it was stored, so that the result is the same however the prompt is cut.
+        Also a row's own block is read as it was stored, so that the result is the same however the prompt is cut: to
+        rounding, and with `same_bits` to the bit.
         """
 
     @abstractmethod
@@ -382,7 +385,7 @@ def make_backend(name: str, config: BackendConfig, pool: KVPool, scale: float | 
         cls = backend_class(candidate)
         reason = cls.supports(config)
         if reason is None:
-            backend = cls(pool, config.num_heads, scale)
+            backend = cls(pool, config.num_heads, scale, config.same_bits)
             if name == "auto":
                 detail = "; ".join(filter(None, (backend.detail, *refused)))
                 logger.info("attention_backend auto: %s%s", candidate, f" ({detail})" if detail else "")

@@ -26,7 +26,7 @@ from losa_runtime.attention.backend import (
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.batch import Segment
 
-PREFILL_TILE = 256  # query rows that share one mask; bounds the mask's memory at long prefixes
+PREFILL_TILE = 256  # query rows that share one mask; bounds the mask's memory at long prefixes; one block if same_bits
 
 
 class TorchBackend(AttentionBackend):
@@ -48,7 +48,8 @@ class TorchBackend(AttentionBackend):
         out_RHD = torch.empty_like(q_RHD)
         for segment, start, count in zip(group.segments, group.starts, group.counts, strict=True):
             k_GND, v_GND = (x.float() for x in self._whole(layer, segment, segment.prefix_len + count))
-            for first, last in _tiles(segment.prefix_len, count, group.block_length):
+            tile = group.block_length if self.same_bits else PREFILL_TILE
+            for first, last in _tiles(segment.prefix_len, count, group.block_length, tile):
                 rows = slice(start + first - segment.prefix_len, start + last - segment.prefix_len)
                 seen = (k_GND[:, :last], v_GND[:, :last])
                 out_RHD[rows] = self._tile(q_RHD[rows], *seen, group.block_length).to(out_RHD.dtype)
@@ -175,11 +176,12 @@ def _flash(q: Tensor) -> bool:
     return q.device.type == "cpu"
 
 
-def _tiles(prefix_len: int, count: int, block_length: int) -> list[tuple[int, int]]:
-    """Position ranges of at most PREFILL_TILE rows in whole blocks. Inner edges are multiples of the tile, counted
-    from position 0, so they do not move with the cut of a chunk.
+def _tiles(prefix_len: int, count: int, block_length: int, most: int) -> list[tuple[int, int]]:
+    """Position ranges of at most `most` rows (at least a block) in whole blocks. Inner edges are multiples of the tile,
+    counted from position 0, so they do not move with the cut of a chunk; the outer ones do, and with them the shapes
+    that decide how sums are rounded.
     """
-    tile = max(1, PREFILL_TILE // block_length) * block_length
+    tile = max(1, most // block_length) * block_length
     end = prefix_len + count
     edges = [prefix_len, *range((prefix_len // tile + 1) * tile, end, tile), end]
     return list(pairwise(edges))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import pytest
@@ -46,11 +47,11 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mak
         monkeypatch.setattr(torch_backend, "_flash", lambda q: False)
     cls = backend_class("native" if request.param == "native" else "torch")
 
-    def build(dtype: torch.dtype = torch.float32, pages: int = 40) -> AttentionBackend:
+    def build(dtype: torch.dtype = torch.float32, pages: int = 40, same_bits: bool = False) -> AttentionBackend:
         pool = KVPool(1, pages, G, PAGE, D, dtype, CPU, frozenset({Summary.KEY_BOUNDS}))
         for tensor in (pool.k(0), pool.v(0), pool.summary(0, Summary.KEY_BOUNDS)):
             tensor.fill_(torch.nan)
-        return cls(pool, H)
+        return cls(pool, H, same_bits=same_bits)
 
     return build
 
@@ -165,6 +166,20 @@ def test_prefill_is_the_same_bits_when_cut_at_tiles(make: Make) -> None:
 
     half = length // 2
     assert torch.equal(run(0, length), torch.cat((run(0, half), run(half, length))))
+
+
+@pytest.mark.parametrize("cuts", [(B,), (3 * B, 4 * B), (9 * B, 10 * B, 17 * B)], ids=str)
+def test_prefill_with_same_bits_may_be_cut_at_any_block(make: Make, cuts: tuple[int, ...]) -> None:
+    backend, length = make(pages=90, same_bits=True), 20 * B
+    pages, q = torch.randperm(90), torch.randn(length, H, D)
+    store(backend, pages, torch.randn(length, G, D), torch.randn(length, G, D))
+
+    def run(start: int, stop: int) -> Tensor:
+        group = RowGroup.of([Segment(ForwardMode.PREFILL, 0, stop - start, start, pages)], B, CPU)
+        return backend.prefill(0, q[start:stop], group)
+
+    pieces = [run(start, stop) for start, stop in pairwise((0, *cuts, length))]
+    assert torch.equal(run(0, length), torch.cat(pieces))
 
 
 def test_block_attention_of_each_block(make: Make) -> None:

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from losa_runtime import LLM, SamplingParams
 from losa_runtime.core.sampling_params import DiffusionParams
-from losa_runtime.core.work import BlockResult, Round
+from tests.engine.recording import Bits, logits_of
 from tests.engine.test_exact import prompt
 
 SHARED = prompt(48, seed=0)
@@ -19,26 +18,8 @@ PROMPTS = [SHARED + prompt(n, seed=n) for n in (3, 16, 100, 333)]
 METHODS = ["dense", "losa", "quest", "losa_plus", "mage"]
 
 
-def logits_by_row(llm: LLM, prompts: list[list[int]], method: str) -> dict[tuple[int, int, int], Tensor]:
+def logits_by_row(llm: LLM, prompts: list[list[int]], method: str) -> Bits:
     """Logits of every candidate row, by (prompt, position, step)."""
-    runner = llm.engine.parts.runner
-    seen: dict[tuple[int, int, int], Tensor] = {}
-    rows: list[Tensor] = []
-    run, logits = runner.run, type(runner.model).logits
-
-    def recording_logits(self: Any, hidden: Tensor) -> Tensor:
-        out: Tensor = logits(self, hidden)
-        rows.extend(out.clone())
-        return out
-
-    def recording_run(work: Round) -> list[BlockResult]:
-        rows.clear()
-        results: list[BlockResult] = run(work)
-        owners = [(i, c) for i in work.items if not i.mode.stores for c in i.candidates]  # type: ignore[union-attr]
-        for (item, offset), row in zip(owners, rows, strict=True):
-            seen[int(item.context.seed), int(item.start + offset), item.step] = row  # type: ignore[union-attr]
-        return results
-
     custom: dict[str, Any] = {"sparse_method": method, "algorithm": "low_confidence_static", "denoising_steps": 5}
     if method != "dense":
         custom["token_budget"] = 32
@@ -46,15 +27,11 @@ def logits_by_row(llm: LLM, prompts: list[list[int]], method: str) -> dict[tuple
         SamplingParams(temperature=0.7, sampling_seed=i, max_new_tokens=37, custom_params=DiffusionParams(**custom))
         for i in range(len(prompts))
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(runner.model), "logits", recording_logits)
-        patch.setattr(runner, "run", recording_run)
-        llm.generate(prompts, params)
-    return seen
+    return logits_of(llm, list(zip(prompts, params, strict=True)))[0]
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_checkpoint: Path) -> dict[str, dict[tuple[int, int, int], Tensor]]:
+def alone(tiny_checkpoint: Path) -> dict[str, Bits]:
     options: dict[str, Any] = {"deterministic": True, "max_total_tokens": 4096, "max_running_requests": 1}
     llm = LLM(model=str(tiny_checkpoint), disable_radix_cache=True, disable_fused_commit=True, **options)
     return {method: logits_by_row(llm, PROMPTS, method) for method in METHODS}
@@ -73,7 +50,7 @@ def alone(tiny_checkpoint: Path) -> dict[str, dict[tuple[int, int, int], Tensor]
 )
 def test_logits_are_the_same_bits(
     tiny_checkpoint: Path,
-    alone: dict[str, dict[tuple[int, int, int], Tensor]],
+    alone: dict[str, Bits],
     options: dict[str, Any],
     method: str,
 ) -> None:

@@ -1,6 +1,7 @@
 """One row per cell (a setting on a task at a context), and the file that keeps them. Knows no engine.
 
-The file is only ever appended to; a run that was stopped goes on where it was.
+The file is only ever appended to; a run that was stopped goes on where it was. Runs for different contexts may share a
+file at the same time.
 """
 
 from __future__ import annotations
@@ -155,8 +156,9 @@ class RowFile:
         """Add rows, on disk first."""
         new = list(rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.writelines(row.model_dump_json() + "\n" for row in new)
+        lines = "".join(row.model_dump_json() + "\n" for row in new)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(lines.encode())  # in one piece: another run may append to the same file
         self.rows += new
 
 

@@ -23,6 +23,11 @@ IMPORT_NAMES = {
     "import-linter": "importlinter",
     "pytest-timeout": "pytest_timeout",
     "huggingface-hub": "huggingface_hub",
+    "prometheus-client": "prometheus_client",
+    "pyyaml": "yaml",
+    "types-pyyaml": None,
+    "opentelemetry-sdk": "opentelemetry.sdk",
+    "opentelemetry-exporter-otlp-proto-http": "opentelemetry.exporter.otlp.proto.http",
     "ruff": None,
     "clang-format": None,
 }
@@ -43,7 +48,7 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): pin for name, _, pin in (line.partition("==") for line in lines) if pin}
 
 
-NEEDED = declared(PROJECT["dependencies"], EXTRAS["frontend"], EXTRAS["dev"])
+NEEDED = declared(PROJECT["dependencies"], EXTRAS["frontend"], EXTRAS["otel"], EXTRAS["dev"])
 
 
 @pytest.mark.parametrize("requirement", NEEDED, ids=lambda r: r.name)

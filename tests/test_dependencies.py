@@ -111,7 +111,7 @@ def test_what_the_packages_import_is_declared() -> None:
 
 
 def test_dev_brings_the_frontend() -> None:
-    assert "losa-runtime[frontend]" in EXTRAS["dev"]
+    assert "losa-runtime[frontend,otel]" in EXTRAS["dev"]
 
 
 def test_pins_are_exact_and_name_no_place() -> None:

@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from benchmarks.attention_ceiling import measure
 from benchmarks.attention_report import Samples, figures, say_ceiling, say_times
 from benchmarks.attention_variants import Runner, Variant, Work, variants
 from benchmarks.attention_world import Setting, World
+from benchmarks.result_file import add_row, circumstances
 
 ASKED = ("context", "batch", "block", "dtype", "budget", "active", "union", "head_overlap", "threads", "device")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"with such later steps a block and its commit can be {gain} times as fast as torch's dense ones at most"
     )
     asked = {name: getattr(args, name) for name in ASKED}
-    print(json.dumps(found | asked | {"queries": about}))
+    row = found | asked | {"queries": about}
+    if args.output is not None:
+        add_row(args.output, row | circumstances(setting.device))
+    print(json.dumps(row))
     return 0
 
 
@@ -157,6 +162,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="also add the row, with machine, versions and commit, to this file")
     return parser.parse_args(argv)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,11 +75,15 @@ def test_the_floor_is_the_slower_of_reading_and_computing() -> None:
     assert Need(100.0, {60: 100.0, 5: 30.0}).seconds(ceiling) == 2.0 + 3.0
 
 
-def test_a_run_prints_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_prints_every_figure_and_keeps_its_row(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     require_native()
-    assert attention.main([*TINY.split(), "--head-overlap", "1", "0"]) == 0
+    file = tmp_path / "new" / "rows.jsonl"
+    assert attention.main([*TINY.split(), "--head-overlap", "1", "0", "--output", str(file)]) == 0
     said = capsys.readouterr()
     found = json.loads(said.out.splitlines()[-1])
+    [kept] = map(json.loads, file.read_text().splitlines())
+    assert found.items() <= kept.items() and kept["versions"]["torch"] == version("torch")
+    assert kept["device_name"] and kept["cores"] > 0
     assert found["ratios"].keys() >= RATIOS and min(found["ratios"].values()) > 0.0
     assert found["queries"].keys() == {"wide", "figure3", "wide_heads0", "figure3_heads0"}
     assert found["prefix_read"]["dense_step"] == 1.0 and 0.0 < found["prefix_read"]["losa_step"] < 1.0

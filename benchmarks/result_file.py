@@ -5,6 +5,7 @@ A benchmark prints its row as its last line; with --output it also adds it to a 
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -13,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
     """Append a row, in one piece."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
-        file.write(orjson.dumps(row) + b"\n")
+        file.write((json.dumps(row) + "\n").encode())
 
 
 def _device_name(device: torch.device) -> str:

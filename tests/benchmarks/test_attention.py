@@ -82,7 +82,7 @@ def test_a_run_prints_every_figure_and_keeps_its_row(capsys: pytest.CaptureFixtu
     said = capsys.readouterr()
     found = json.loads(said.out.splitlines()[-1])
     [kept] = map(json.loads, file.read_text().splitlines())
-    assert found.items() <= kept.items() and kept["versions"]["torch"] == version("torch")
+    assert {name: kept[name] for name in found} == found and kept["versions"]["torch"] == version("torch")
     assert kept["device_name"] and kept["cores"] > 0
     assert found["ratios"].keys() >= RATIOS and min(found["ratios"].values()) > 0.0
     assert found["queries"].keys() == {"wide", "figure3", "wide_heads0", "figure3_heads0"}

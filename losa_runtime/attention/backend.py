@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from losa_kernels.reference import attention as ref
 from losa_kernels.reference import paging, selection
 from losa_runtime.cache.kv_pool import KVPool
 from losa_runtime.core.batch import Segment
@@ -37,6 +38,23 @@ class AttnState(NamedTuple):
 
     out_RHD: Tensor
     lse_RH: Tensor
+
+
+class RenewedStates(NamedTuple):
+    """Attention of R rows to their prefixes: fresh for the planned rows, remembered from an earlier step for the rest.
+
+    A fresh state also replaces the remembered one, but only when a backend is given this: whoever makes one hands it
+    on, once, and reads the memory not before.
+    kept: the memory, out [Y, H, D] and lse [Y, H] float32, written to. place_R: int64, each row's place in it, no two
+    the same. rows: the planned rows as in the plan (None = all). fresh: their states, in order. heads_nH: bool, the
+    heads of each planned row whose fresh state counts; the others keep the remembered one. None = all.
+    """
+
+    kept: AttnState
+    place_R: Tensor
+    rows: Tensor | None
+    fresh: AttnState
+    heads_nH: Tensor | None = None
 
 
 class ScoreKind(Enum):
@@ -237,9 +255,17 @@ class AttentionBackend(ABC):
         rows: int64, sorted rows of the group. P is the most granules of any scored segment; padding is -inf.
         """
 
-    def block_merged(self, prefix: AttnState, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup) -> Tensor:
-        """In-block attention merged with that to the prefix: out [R, H, D] float32."""
-        return self.merge(prefix, self.block(q_RHD, k_RGD, v_RGD, group))
+    def settle(self, prefix: AttnState | RenewedStates) -> AttnState:
+        """The prefix attention of all rows, float32; fresh states are remembered from here on."""
+        if isinstance(prefix, AttnState):
+            return prefix
+        return AttnState(*ref.renew_states(*prefix.kept, prefix.place_R, *prefix.fresh, prefix.rows, prefix.heads_nH))
+
+    def block_merged(
+        self, prefix: AttnState | RenewedStates, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup
+    ) -> Tensor:
+        """In-block attention merged with that to the prefix, which is settled: out [R, H, D] float32."""
+        return self.merge(self.settle(prefix), self.block(q_RHD, k_RGD, v_RGD, group))
 
     def prefix_mass(
         self,

@@ -25,6 +25,7 @@ from losa_runtime.attention.backend import (
     KVIndices,
     PageChoice,
     PrefixPlan,
+    RenewedStates,
     RowGroup,
     ScoreKind,
     SelectedPages,
@@ -89,9 +90,11 @@ class NativeBackend(AttentionBackend):
     def merge(self, a: AttnState, b: AttnState) -> Tensor:
         return attention.merge(self._kernels, a, b)
 
-    def block_merged(self, prefix: AttnState, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup) -> Tensor:
+    def block_merged(
+        self, prefix: AttnState | RenewedStates, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup
+    ) -> Tensor:
         rows = (_floats(q_RHD), _floats(k_RGD), _floats(v_RGD))
-        return attention.block(self._kernels, *rows, group.block_length, self.scale, prefix)[0]
+        return attention.block(self._kernels, *rows, group.block_length, self.scale, self.settle(prefix))[0]
 
     def kv_scores(
         self, layer: int, q_RHD: Tensor, rows: Tensor, kind: ScoreKind, granule: int, group: RowGroup

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, RowGroup
+from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates, RowGroup
 from losa_runtime.core.batch import ForwardBatch, ForwardMode, Segment, SparseParams
 from losa_runtime.sparse.density import PrefixMeter, SegmentReport
 from losa_runtime.sparse.method import SparseMethod
@@ -77,6 +77,7 @@ class SparseAttend:
 
     def _block_rows(self, layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, party: _Party) -> Tensor:
         backend, group = self._backend, party.group
+        prefix: AttnState | RenewedStates
         if party.work is None:
             plan = PrefixPlan()
             prefix = backend.prefix(layer, q_RHD, plan, group)

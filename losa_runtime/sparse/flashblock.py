@@ -19,7 +19,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates
 from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import BlockMemory, Geometry
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
@@ -63,7 +63,7 @@ class FlashBlock(SparseMethod):
         got: AttnState,
         step: DenoiseStep,
         backend: AttentionBackend,
-    ) -> AttnState:
+    ) -> RenewedStates:
         return self.memory.renew(layer, plan.rows, got, step)
 
     def release(self, slot: int) -> None:

@@ -21,11 +21,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import BlockMemory, Geometry
@@ -88,16 +87,12 @@ class Losa(SparseMethod):
         got: AttnState,
         step: DenoiseStep,
         backend: AttentionBackend,
-    ) -> AttnState:
+    ) -> AttnState | RenewedStates:
         options = step.options
         assert isinstance(options, LosaOptions)
         if layer < options.dense_layers:
             return got
-        if self._heads_nH is not None:
-            kept = self.memory.prefix.read(layer, step.place_R[plan.rows])
-            out_nHD = torch.where(self._heads_nH[..., None], got.out_RHD, kept.out_RHD)
-            got = AttnState(out_nHD, torch.where(self._heads_nH, got.lse_RH, kept.lse_RH))
-        return self.memory.renew(layer, plan.rows, got, step)
+        return self.memory.renew(layer, plan.rows, got, step, self._heads_nH)
 
     def _active(
         self,

@@ -35,7 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from losa_kernels.reference.attention import merge_states, remove_state
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists, RowQueries, RowStates
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
@@ -93,14 +93,13 @@ class LosaPlus(SparseMethod):
         got: AttnState,
         step: DenoiseStep,
         backend: AttentionBackend,
-    ) -> AttnState:
+    ) -> RenewedStates:
         if plan.kv is not None and _options(step).remainder:
             got = self._with_remainder(layer, q_RHD, plan, got, step, backend.scale)
-        state = self.memory.renew(layer, plan.rows, got, step)
         part = step.part(_selecting(step))
         if part is not None:
-            self._open(layer, q_RHD, plan, state, part, step, backend)
-        return state
+            self._open(layer, q_RHD, plan, got, part, step, backend)
+        return self.memory.renew(layer, plan.rows, got, step)
 
     @classmethod
     def state_bytes(cls, geometry: Geometry, itemsize: int) -> int:
@@ -192,15 +191,15 @@ class LosaPlus(SparseMethod):
         layer: int,
         q_RHD: Tensor,
         plan: PrefixPlan,
-        state: AttnState,
+        got: AttnState,
         part: Part,
         step: DenoiseStep,
         backend: AttentionBackend,
     ) -> None:
-        """Choose the supports of the opening blocks and remember what lies outside. `state`: all rows of the group."""
+        """Choose the supports of the opening blocks, all of whose rows are planned, and remember what lies outside."""
         assert plan.peaks is not None
         at = part.rows if plan.rows is None else torch.searchsorted(plan.rows, part.rows)
-        q, peaks, lse = q_RHD[part.rows], plan.peaks[at], state.lse_RH[part.rows]
+        q, peaks, lse = q_RHD[part.rows], plan.peaks[at], got.lse_RH[at]
         mean_keys = []
         for index, number in enumerate(part.segments):
             mine = slice(index * self.geometry.block_length, (index + 1) * self.geometry.block_length)
@@ -211,7 +210,7 @@ class LosaPlus(SparseMethod):
         support = PrefixPlan(part.rows, self._support.lists(layer, step.slots, others), self._granule(step))
         step.meter.also(support, backend.pool)
         over_support = backend.prefix(layer, q_RHD, support, step.group)
-        out, lse_rest = remove_state(state.out_RHD[part.rows], lse, *over_support)
+        out, lse_rest = remove_state(got.out_RHD[at], lse, *over_support)
         mean_key_RHD, place = torch.cat(mean_keys), step.place_R[part.rows]
         kept_RHD = self._mean_key.of_layer(layer, q_RHD).flatten(0, 1)
         kept_RHD[place] = mean_key_RHD.to(kept_RHD.dtype)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttnState, KVIndices
+from losa_runtime.attention.backend import AttnState, KVIndices, RenewedStates
 from losa_runtime.sparse.step import DenoiseStep
 
 
@@ -37,26 +37,31 @@ class Geometry(NamedTuple):
 class RowStates:
     """A prefix attention state per layer, slot and row: out [layers, X * B, H, D], lse without D, both float32.
 
-    Allocated when it is first written.
+    Allocated on first use.
     """
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
         self._tensors: tuple[Tensor, Tensor] | None = None
 
-    def write(self, layer: int, place: Tensor, state: AttnState) -> None:
-        """Remember the states of the rows at `place` (see DenoiseStep.place_R)."""
+    def of_layer(self, layer: int) -> AttnState:
+        """The layer's states, out [X * B, H, D] and lse [X * B, H], views to be written to. What lies at a place (see
+        DenoiseStep.place_R) means nothing before it is written."""
         if self._tensors is None:
             shape = state_shape(self._geometry)
             device = self._geometry.device
             self._tensors = (torch.zeros(shape, device=device), torch.zeros(shape[:-1], device=device))
-        for kept, fresh in zip(self._tensors, state, strict=True):
-            kept[layer].index_copy_(0, place, fresh)
+        out, lse = self._tensors
+        return AttnState(out[layer], lse[layer])
+
+    def write(self, layer: int, place: Tensor, state: AttnState) -> None:
+        """Remember the states of the rows at `place`."""
+        for kept, fresh in zip(self.of_layer(layer), state, strict=True):
+            kept.index_copy_(0, place, fresh)
 
     def read(self, layer: int, place: Tensor) -> AttnState:
         """The states of the rows at `place`."""
-        assert self._tensors is not None, "nothing was ever written"
-        return AttnState(*(kept[layer].index_select(0, place) for kept in self._tensors))
+        return AttnState(*(kept.index_select(0, place) for kept in self.of_layer(layer)))
 
     @staticmethod
     def bytes(geometry: Geometry) -> int:
@@ -104,11 +109,12 @@ class BlockMemory:
         unknown = [slot for slot in step.slots if (layer, slot) not in self._open]
         assert not unknown, f"slots {unknown} are read in layer {layer} without an opening step"
 
-    def renew(self, layer: int, rows: Tensor | None, got: AttnState, step: DenoiseStep) -> AttnState:
-        """Replace the states of `rows` (None: all) of the step's group and return those of all its rows."""
-        place_R = step.place_R
-        self.prefix.write(layer, place_R if rows is None else place_R[rows], got)
-        return got if rows is None else self.prefix.read(layer, place_R)
+    def renew(
+        self, layer: int, rows: Tensor | None, got: AttnState, step: DenoiseStep, heads_nH: Tensor | None = None
+    ) -> RenewedStates:
+        """The states of all rows of the step's group, where `got` replaces those of `rows` (None: all) when the backend
+        settles them. heads_nH: see RenewedStates."""
+        return RenewedStates(self.prefix.of_layer(layer), step.place_R, rows, got, heads_nH)
 
     def close(self, slot: int) -> None:
         """Forget a slot: reading it again needs an opening step first."""

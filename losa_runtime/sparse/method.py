@@ -14,7 +14,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.sparse.memory import BlockMemory, Geometry
@@ -66,8 +66,9 @@ class SparseMethod(ABC):
         got: AttnState,
         step: DenoiseStep,
         backend: AttentionBackend,
-    ) -> AttnState:
-        """Prefix attention of all R rows from that of the planned rows. Called once after `plan`."""
+    ) -> AttnState | RenewedStates:
+        """Prefix attention of all R rows from that of the planned rows, `got`. Called once after `plan`; the backend
+        settles the answer. plan.rows are the backend's if it chose them: to be handed on as they are."""
         assert plan.rows is None
         return got
 

@@ -19,6 +19,7 @@ from losa_runtime.attention.backend import (
     BackendConfig,
     KVIndices,
     PrefixPlan,
+    RenewedStates,
     RowGroup,
     ScoreKind,
     backend_class,
@@ -202,6 +203,42 @@ def test_prefix_and_block_merge_to_one_softmax(make: Make) -> None:
     merged = backend.merge(backend.prefix(0, q, PrefixPlan(), group), backend.block(q, k[20:], v[20:], group))
     whole, _ = ref.attend(ref.fold_heads(q, G), k.transpose(0, 1), v.transpose(0, 1), SCALE)
     torch.testing.assert_close(ref.fold_heads(merged, G), whole, rtol=1e-5, atol=1e-6)
+
+
+PLANNED = {"all": None, "none": [], "some": [0, 3, 4, 6, 11], "every": list(range(3 * B))}
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("planned", PLANNED)
+def test_fresh_states_are_merged_and_remembered_the_others_recalled(make: Make, planned: str, by_head: bool) -> None:
+    """Three blocks, whose states lie scattered in a memory of five; places that are not theirs stay as they are."""
+    backend, listed = make(), PLANNED[planned]
+    group = RowGroup.of([block_segment(index, 0, torch.arange(1)) for index in range(3)], B, CPU)
+    q, k, v = torch.randn(3 * B, H, D), torch.randn(3 * B, G, D), torch.randn(3 * B, G, D)
+    kept = AttnState(torch.randn(5 * B, H, D), torch.randn(5 * B, H))
+    place_R = (torch.tensor([4, 0, 2])[:, None] * B + torch.arange(B)).flatten()
+    rows = None if listed is None else torch.tensor(listed, dtype=torch.int64)
+    count = 3 * B if rows is None else len(rows)
+    fresh = AttnState(torch.randn(count, H, D), torch.randn(count, H))
+    for out, lse in (kept, fresh):
+        out[::3], lse[::3] = 0.0, -torch.inf  # a row without keys
+    heads_nH = torch.rand(count, H) < 0.5 if by_head else None
+    want = AttnState(*(x.clone() for x in kept))
+    for index, row in enumerate(range(3 * B) if listed is None else listed):
+        for head in range(H):
+            if heads_nH is None or heads_nH[index, head]:
+                for memory, new in zip(want, fresh, strict=True):
+                    memory[place_R[row], head] = new[index, head]
+    settled = AttnState(*(x[place_R] for x in want))
+    by_settling, by_merging = (
+        RenewedStates(AttnState(*(x.clone() for x in kept)), place_R, rows, fresh, heads_nH) for _ in range(2)
+    )
+    got = backend.settle(by_settling)
+    merged = backend.block_merged(by_merging, q, k, v, group)
+    assert all(torch.equal(a, b) for a, b in zip(got, settled, strict=True))
+    assert torch.equal(merged, backend.block_merged(settled, q, k, v, group))
+    for remembered in (by_settling.kept, by_merging.kept):
+        assert all(torch.equal(a, b) for a, b in zip(remembered, want, strict=True))
 
 
 def test_scores_of_some_rows_with_padding(make: Make) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RowGroup
+from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates, RowGroup
 
 
 class Seen(NamedTuple):
@@ -51,6 +51,9 @@ class _Watched:
         self._layer = layer
         return self._backend.prefix(layer, q_RHD, plan, group)
 
-    def block_merged(self, prefix: AttnState, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup) -> Tensor:
-        self._seen(Seen(self._layer, group, q_RHD, k_RGD, v_RGD, prefix, self._backend))
-        return self._backend.block_merged(prefix, q_RHD, k_RGD, v_RGD, group)
+    def block_merged(
+        self, prefix: AttnState | RenewedStates, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup
+    ) -> Tensor:
+        settled = self._backend.settle(prefix)
+        self._seen(Seen(self._layer, group, q_RHD, k_RGD, v_RGD, settled, self._backend))
+        return self._backend.block_merged(settled, q_RHD, k_RGD, v_RGD, group)

@@ -57,6 +57,30 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     return out / total.masked_fill(total == 0.0, 1.0)[..., None], top + torch.log(total)
 
 
+def renew_states(
+    kept_out: Tensor,
+    kept_lse: Tensor,
+    place_R: Tensor,
+    fresh_out: Tensor,
+    fresh_lse: Tensor,
+    rows: Tensor | None = None,
+    heads_nH: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Replace remembered states by fresh ones and give those of all rows: float32 out [R, H, D] and lse [R, H].
+
+    kept_out: [Y, H, D] and kept_lse: [Y, H], written to. place_R: int64, each row's place there, no two the same. rows:
+    int64, the n rows with a fresh state (None: all), fresh_out [n, H, D] and fresh_lse [n, H]. heads_nH: bool, the
+    heads whose fresh state counts (None: all).
+    """
+    place_n = place_R if rows is None else place_R[rows]
+    for kept, fresh in ((kept_out, fresh_out), (kept_lse, fresh_lse)):
+        if heads_nH is not None:
+            chosen_nH = heads_nH.view(*heads_nH.shape, *[1] * (fresh.ndim - 2))
+            fresh = torch.where(chosen_nH, fresh, kept[place_n])
+        kept.index_copy_(0, place_n, fresh)
+    return kept_out[place_R], kept_lse[place_R]
+
+
 def remove_state(out: Tensor, lse: Tensor, out_part: Tensor, lse_part: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the keys of a list that are not in a part of it, the inverse of `merge_states`: [X, D] and [X].
 

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 from losa_runtime.core.errors import InvalidRequest, LosaError, QueueFull
+
+# What a message of a fault on our side must not tell: places in memory and in the file system.
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}\b")
+_PATH = re.compile(r"(?<![\w/.:])~?(?:/[\w.+@-]+){2,}/?")
+LONGEST_MESSAGE = 2000
+
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "unavailable_error",
+}
 
 
 class RequestFailed(LosaError):
@@ -11,6 +26,11 @@ class RequestFailed(LosaError):
     def __init__(self, status_code: int, message: str, field: str | None = None) -> None:
         self.status_code, self.message, self.field = status_code, message, field
         super().__init__(message)
+
+    @property
+    def kind(self) -> str:
+        """The sort of error, in the words of OpenAI's API."""
+        return _KINDS.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
 
 
 class EngineUnavailable(RequestFailed):
@@ -37,3 +57,14 @@ def as_failure(error: LosaError) -> RequestFailed:
     if isinstance(error, QueueFull):
         return RequestFailed(503, str(error) or "the waiting queue is full, try again later")
     return RequestFailed(500, str(error))
+
+
+def for_strangers(message: str, ours: bool) -> str:
+    """A message as it may leave the server: short, without memory addresses; without paths if the fault is `ours`.
+
+    A client's own mistake is answered with what it sent, and that may well be a path.
+    """
+    text = _ADDRESS.sub("0x…", message)
+    if ours:
+        text = _PATH.sub("<path>", text.partition("Traceback (most recent call last)")[0])
+    return text if len(text) <= LONGEST_MESSAGE else text[: LONGEST_MESSAGE - 1] + "…"

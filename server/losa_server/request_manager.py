@@ -21,6 +21,7 @@ from losa_server.engine_client import EngineClient
 from losa_server.errors import RequestFailed
 from losa_server.mailbox import Mailbox
 from losa_server.settings import ServerSettings
+from losa_server.visit import Visit
 
 
 class TokenizerFace(Protocol):
@@ -54,8 +55,8 @@ class Ask:
 class Generation:
     """One request on its way. `answer` is what has come so far; call `advance` for more and `close` in the end."""
 
-    def __init__(self, ask: Ask, request: Request, mailbox: Mailbox, client: EngineClient) -> None:
-        self.ask, self.prompt_ids, self.rid = ask, request.prompt_ids, request.rid
+    def __init__(self, ask: Ask, visit: Visit, request: Request, mailbox: Mailbox, client: EngineClient) -> None:
+        self.ask, self.visit, self.prompt_ids, self.rid = ask, visit, request.prompt_ids, request.rid
         self.label = ask.label or self.rid
         self.answer = Answer()
         self.started = time.monotonic()
@@ -119,13 +120,13 @@ class RequestManager:
             return self.tokenizer.encode(text)
         return await asyncio.to_thread(self.tokenizer.encode, text)
 
-    async def open_all(self, asks: Sequence[Ask]) -> list[Generation]:
-        """Send requests, all or none; the caller closes them. Raises RequestFailed or InvalidRequest."""
+    async def open_all(self, asks: Sequence[Ask], visit: Visit) -> list[Generation]:
+        """Send requests, all or none; whoever calls closes them. Raises RequestFailed or InvalidRequest."""
         ids = [tuple(await self.encode(a.prompt)) if isinstance(a.prompt, str) else a.prompt for a in asks]
-        requests = [_request(ask, prompt_ids) for ask, prompt_ids in zip(asks, ids, strict=True)]
+        requests = [_request(ask, visit, prompt_ids) for ask, prompt_ids in zip(asks, ids, strict=True)]
         mailboxes = self.client.submit(requests)
         generations = [
-            Generation(ask, request, mailbox, self.client)
+            Generation(ask, visit, request, mailbox, self.client)
             for ask, request, mailbox in zip(asks, requests, mailboxes, strict=True)
         ]
         self._live |= {generation.rid: generation for generation in generations}
@@ -137,12 +138,12 @@ class RequestManager:
             generation.close()
             self._live.pop(generation.rid, None)
 
-    async def generate(self, asks: Sequence[Ask]) -> list[Generation]:
+    async def generate(self, asks: Sequence[Ask], visit: Visit) -> list[Generation]:
         """Complete several prompts; finished generations in the order of `asks`.
 
         Raises RequestFailed of the first that fails; the others are then aborted. Cancelling aborts all.
         """
-        generations = await self.open_all(asks)
+        generations = await self.open_all(asks, visit)
         try:
             async for _ in self.stream(generations):
                 pass
@@ -168,9 +169,14 @@ class RequestManager:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)  # or asyncio logs their errors as unseen
 
-    def abort(self, label: str) -> int:
-        """Abort live requests whose label starts with `label`; how many. Their waiters get what there is so far."""
-        found = [g for g in self._live.values() if g.label.startswith(label)]
+    def abort(self, label: str, visit: Visit) -> int:
+        """Abort live requests whose label starts with `label`; how many. Their waiters get what there is so far.
+
+        An administrator reaches all requests, anybody else those of the same name.
+        """
+        who = visit.caller
+        mine = (g for g in self._live.values() if who.admin or g.visit.caller.name == who.name)
+        found = [g for g in mine if g.label.startswith(label)]
         for generation in found:
             self.client.abort(generation.rid)
         return len(found)
@@ -181,7 +187,7 @@ class RequestManager:
         return len(self._live)
 
 
-def _request(ask: Ask, prompt_ids: tuple[int, ...]) -> Request:
+def _request(ask: Ask, visit: Visit, prompt_ids: tuple[int, ...]) -> Request:
     """What the engine is asked. Its name is ours alone: clients may choose equal labels, or another's."""
     return Request(
         rid=uuid.uuid4().hex,
@@ -189,6 +195,6 @@ def _request(ask: Ask, prompt_ids: tuple[int, ...]) -> Request:
         sampling=ask.sampling,
         score=None if ask.score_start is None else ScoreSpec(start=ask.score_start),
         output_logprobs=ask.output_logprobs,
-        namespace=ask.namespace,
+        namespace=visit.caller.namespace(ask.namespace),
         priority=ask.priority,
     )

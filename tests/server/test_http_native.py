@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from losa_server.errors import for_strangers
 from tests.server.app_server import AppServer
 from tests.server.test_generate_request import BAD
 
@@ -139,7 +140,7 @@ BAD_HERE = [
 def test_bad_bodies(http: httpx.Client, body: dict[str, Any], field: str, stream: bool) -> None:
     reply = http.post("/generate", json={"stream": stream, **body})
     assert reply.status_code == 400
-    assert reply.json()["error"]["field"] == field
+    assert reply.json()["error"]["param"] == field
     assert field in reply.json()["error"]["message"]
 
 
@@ -153,18 +154,26 @@ def test_the_engines_refusals_come_before_the_stream(http: httpx.Client, stream:
     ]
     for body, field in refused:
         reply = http.post("/generate", json={**body, "stream": stream})
-        assert (reply.status_code, reply.json()["error"]["field"]) == (400, field), body
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, field), body
     reply = http.post("/generate", json={"text": ["the fox", "the " * 5000], "stream": stream})
-    assert (reply.status_code, reply.json()["error"]["field"]) == (400, "text.1")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "text.1")
     assert http.post("/generate", json={"text": "REFUSE", "stream": stream}).status_code == 500
     assert http.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize("raw", [b"{", b"[1]", b'"x"', b"nul", b"\xff", b'{"text": NaN}', b"[" * 100_000, b"7" * 5000])
+BROKEN = [
+    b"{", b"[1]", b'"x"', b"nul", b"\xff", b'{"text": NaN}', b"[" * 100_000, b"7" * 5000, b'{"seed": 1e999}',
+    b'{"text": "a", "text": "b"}', b'{"text": "a", "\\u0074ext": "b"}', b'{"a": [{"b": {"c": 1, "c": 1}}]}',
+    b'{"text": "\\ud800"}', b'{"a": -Infinity}', b'{"text": "\x00"}', b'{"a": ' * 65 + b"1" + b"}" * 65,
+    b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", b"\xef\xbb\xbf{}", b'{"text": "a",}', b"{'text': 'a'}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", BROKEN, ids=range(len(BROKEN)))
 def test_broken_json(http: httpx.Client, raw: bytes) -> None:
     reply = http.post("/generate", content=raw, headers={"Content-Type": "application/json"})
     assert reply.status_code == 400
-    assert reply.json()["error"]["field"] == "body"
+    assert reply.json()["error"]["param"] == "body"
 
 
 def test_too_large_bodies(http: httpx.Client) -> None:
@@ -178,9 +187,43 @@ def test_too_large_bodies(http: httpx.Client) -> None:
 
 
 def test_unknown_routes_and_methods_have_our_error_object(http: httpx.Client) -> None:
-    assert http.get("/nowhere").json()["error"]["code"] == 404
-    assert http.get("/generate").status_code == 405
-    assert "error" in http.get("/generate").json()
+    for method, path, code, kind in [
+        ("GET", "/nowhere", 404, "not_found_error"),
+        ("GET", "/generate", 405, "invalid_request_error"),
+        ("DELETE", "/v1/models", 405, "invalid_request_error"),
+    ]:
+        reply = http.request(method, path)
+        assert reply.status_code == code
+        error = reply.json()["error"]
+        assert (set(error), error["code"], error["type"]) == ({"message", "type", "param", "code"}, code, kind)
+    assert http.get("/generate").headers["allow"]
+
+
+def test_requests_have_names(http: httpx.Client) -> None:
+    assert http.get("/ping", headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    ids = [http.get("/ping", headers={"x-request-id": bad}).headers["x-request-id"] for bad in ("", "a b", "x" * 200)]
+    assert len(set(ids)) == 3
+    assert all(len(i) == 32 for i in ids)
+
+
+def test_a_fault_of_ours_is_told_without_its_insides(
+    http: httpx.Client, server: AppServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(text: str) -> list[int]:
+        raise OSError(f"{__file__} at 0x7f001122 has {text}")
+
+    monkeypatch.setattr(server.manager.tokenizer, "encode", broken)
+    reply = http.post("/generate", json={"text": "secret"})
+    assert (reply.status_code, reply.json()["error"]["message"]) == (500, "internal error (OSError)")
+    assert reply.headers["x-request-id"]
+
+
+def test_messages_for_strangers() -> None:
+    fault = 'cannot read /home/ann/m/a.py: <Lock object at 0x7f2a1b>\nTraceback (most recent call last)\n  File "x"'
+    assert for_strangers(fault, ours=True) == "cannot read <path>: <Lock object at 0x…>\n"
+    assert for_strangers("model: found '/m/a'", ours=False) == "model: found '/m/a'"
+    assert for_strangers("see http://127.0.0.1:30000/v1/models and 1/2", ours=True).endswith("/v1/models and 1/2")
+    assert len(for_strangers("x" * 10_000, ours=False)) == 2000
 
 
 def test_the_description_of_the_api_is_sound(http: httpx.Client) -> None:
@@ -213,8 +256,8 @@ def test_small_routes(http: httpx.Client) -> None:
     assert http.post("/detokenize", json={"tokens": ids["tokens"]}).json() == {"text": "the red fox"}
     assert http.post("/tokenize", json={"text": ["a", "b"]}).json()["count"] == [1, 1]
     assert http.post("/detokenize", json={"tokens": [ids["tokens"], []]}).json()["text"] == ["the red fox", ""]
-    assert http.post("/tokenize", json={"text": 5}).json()["error"]["field"] == "text"
-    assert http.post("/detokenize", json={"tokens": [10**9]}).json()["error"]["field"] == "tokens"
+    assert http.post("/tokenize", json={"text": 5}).json()["error"]["param"] == "text"
+    assert http.post("/detokenize", json={"tokens": [10**9]}).json()["error"]["param"] == "tokens"
     assert http.post("/concate_and_append_request", json={"src_rids": ["a"], "dst_rid": "b"}).status_code == 200
     for method in ("GET", "POST"):
         assert http.request(method, "/start_profile").status_code == 501

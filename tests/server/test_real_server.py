@@ -98,9 +98,9 @@ def test_the_way_of_a_request(http: httpx.Client, endpoint: Any) -> None:
     assert state["choice"] in (" sleeps", " eats")
     reply = http.post("/generate", json={"text": TEXT, "sampling_params": {"custom_params": {"sparse_method": "none"}}})
     assert reply.status_code == 400
-    assert reply.json()["error"]["field"] == "sampling_params.custom_params.sparse_method"
+    assert reply.json()["error"]["param"] == "sampling_params.custom_params.sparse_method"
     reply = http.post("/generate", json={"input_ids": [[5], [5, 259]], "sampling_params": GREEDY})
-    assert (reply.status_code, reply.json()["error"]["field"]) == (400, "input_ids.1.1")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input_ids.1.1")
 
 
 @pytest.mark.slow
@@ -229,9 +229,9 @@ class TestWholeSuite:
     def test_over_long_prompts(self, http: httpx.Client) -> None:
         for stream_it in (False, True):
             reply = http.post("/generate", json={"text": TEXT * 20, "stream": stream_it})
-            assert (reply.status_code, reply.json()["error"]["field"]) == (400, "text")
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "text")
         reply = http.post("/generate", json={"text": TEXT, "sampling_params": {"max_new_tokens": 4000}})
-        assert (reply.status_code, reply.json()["error"]["field"]) == (400, "sampling_params.max_new_tokens")
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "sampling_params.max_new_tokens")
 
     def test_a_literal_mask_is_text(self, http: httpx.Client) -> None:
         answer = generate(http, text="a <|MASK|> b", sampling_params=GREEDY)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -13,11 +11,10 @@ import losa_runtime
 from losa_runtime.core.errors import LosaError
 from losa_server.errors import ClientGone, RequestFailed, as_failure
 from losa_server.http import info, native
+from losa_server.http.exchange import Exchange
 from losa_server.http.limits import BodyLimit
 from losa_server.http.replies import error_reply
 from losa_server.request_manager import RequestManager
-
-log = logging.getLogger("losa.server")
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -32,8 +29,9 @@ def create_app(manager: RequestManager) -> FastAPI:
     app.add_exception_handler(LosaError, _runtime_error)
     app.add_exception_handler(RequestValidationError, _bad_request)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
+    # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=manager.settings.max_body_bytes)
+    app.add_middleware(Exchange)
     return app
 
 
@@ -52,10 +50,4 @@ async def _bad_request(_: Request, error: Exception) -> Response:
 
 async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return error_reply(RequestFailed(error.status_code, str(error.detail)))
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    # The traceback goes to the log only: it may name files and hold values of other requests.
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_reply(RequestFailed(500, f"internal error ({type(error).__name__})"))
+    return error_reply(RequestFailed(error.status_code, str(error.detail)), error.headers)

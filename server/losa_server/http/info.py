@@ -12,7 +12,7 @@ import losa_runtime
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_server.errors import EngineUnavailable, RequestFailed
 from losa_server.http.body import unless_disconnected
-from losa_server.http.native import manager_of
+from losa_server.http.native import manager_of, visit_of
 from losa_server.http.native_answer import WEIGHT_VERSION
 from losa_server.http.replies import json_reply
 from losa_server.request_manager import Ask, RequestManager
@@ -47,7 +47,9 @@ async def health_generate(request: Request) -> Response:
     # A cache namespace of its own: probes leave the statistics of real prefixes alone.
     ask = Ask(prompt=tuple(manager.tokenizer.encode("health")), sampling=params, namespace="health")
     try:
-        await unless_disconnected(request, asyncio.wait_for(manager.generate([ask]), PROBE_TIMEOUT_S))
+        await unless_disconnected(
+            request, asyncio.wait_for(manager.generate([ask], visit_of(request)), PROBE_TIMEOUT_S)
+        )
     except TimeoutError:
         raise EngineUnavailable(f"the engine did not generate within {PROBE_TIMEOUT_S:g} s") from None
     except RequestFailed as error:

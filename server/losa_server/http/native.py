@@ -17,6 +17,7 @@ from losa_server.http.generate_request import GenerateCall, parse_generate
 from losa_server.http.native_answer import native_answer
 from losa_server.http.replies import DONE, EventStream, error_body, event, json_reply
 from losa_server.request_manager import Generation, RequestManager
+from losa_server.visit import Visit
 
 router = APIRouter()
 
@@ -27,6 +28,12 @@ def manager_of(request: Request) -> RequestManager:
     return manager
 
 
+def visit_of(request: Request) -> Visit:
+    """Who asks, as the outermost middleware has found."""
+    visit: Visit = request.scope["state"]["visit"]
+    return visit
+
+
 @router.post("/generate")
 @router.put("/generate")
 async def generate(request: Request) -> Response:
@@ -35,14 +42,14 @@ async def generate(request: Request) -> Response:
     call = parse_generate(await read_object(request), manager.settings.max_prompts)
     if call.stream:
         return await _stream(request, manager, call)
-    generations = await unless_disconnected(request, manager.generate(call.asks))
+    generations = await unless_disconnected(request, manager.generate(call.asks, visit_of(request)))
     answers = [_answer(manager, call, index, generation) for index, generation in enumerate(generations)]
     return json_reply(answers if call.as_list else answers[0])
 
 
 async def _stream(request: Request, manager: RequestManager, call: GenerateCall) -> Response:
     """Waits for the engine's first news before the headers are sent, so that a refusal is still a plain 400."""
-    generations = await unless_disconnected(request, manager.open_all(call.asks))
+    generations = await unless_disconnected(request, manager.open_all(call.asks, visit_of(request)))
 
     def close() -> None:
         manager.close_all(generations)
@@ -107,7 +114,7 @@ async def abort_request(request: Request) -> Response:
     if everything is not None and type(everything) is not bool:
         raise InvalidRequest("abort_all", everything, "true or false")
     prefix = "" if everything else rid
-    count = manager_of(request).abort(prefix or "") if prefix or everything else 0
+    count = manager_of(request).abort(prefix or "", visit_of(request)) if prefix or everything else 0
     return json_reply({"aborted": count})
 
 

@@ -1,15 +1,15 @@
-"""Answers as bytes: JSON responses, the one error object of the native routes, and server-sent events."""
+"""Answers as bytes: JSON responses, the one error object of all routes, and server-sent events."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import orjson
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from losa_server.errors import RequestFailed
+from losa_server.errors import RequestFailed, for_strangers
 
 DONE = b"data: [DONE]\n\n"
 
@@ -20,17 +20,18 @@ def json_reply(value: Any, status_code: int = 200, headers: dict[str, str] | Non
 
 
 def error_body(error: RequestFailed) -> dict[str, Any]:
-    """`{"error": {"message", "code"[, "field"]}}`."""
-    detail: dict[str, Any] = {"message": error.message, "code": error.status_code}
-    if error.field is not None:
-        detail["field"] = error.field
-    return {"error": detail}
+    """`{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients and SGLang's read it.
+
+    param: dotted name of the field that was wrong, or null. code: the HTTP status.
+    """
+    message = for_strangers(error.message, ours=error.status_code >= 500)
+    return {"error": {"message": message, "type": error.kind, "param": error.field, "code": error.status_code}}
 
 
-def error_reply(error: RequestFailed) -> Response:
-    """An error as a response; 503 says when to come back."""
-    headers = {"Retry-After": "1"} if error.status_code == 503 else None
-    return json_reply(error_body(error), error.status_code, headers)
+def error_reply(error: RequestFailed, headers: Mapping[str, str] | None = None) -> Response:
+    """An error as a response; 503 says when to come back, 401 what is missing."""
+    more = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status_code, {})
+    return json_reply(error_body(error), error.status_code, {**more, **(headers or {})})
 
 
 def event(value: Any) -> bytes:

@@ -56,6 +56,8 @@ def test_numbers_that_change_from_step_to_step_are_not_compiled_in() -> None:
         "_mark_kernel": ["segments", "width"],
         "_list_kernel": ["width", "tiles", "capacity"],
         "_mass_kernel": ["width"],
+        "_entries_kernel": ["lists", "capacity", "splits"],
+        "_merge_entries_kernel": ["segments", "splits", "slots"],
     }
     for name, spec in SPECS.items():
         launch = spec.launch()

@@ -107,8 +107,10 @@ def test_lists_of_active_rows(block: int, parts: int) -> None:
 def test_planned_queries_are_folded(heads: int, kv_heads: int, dim: int) -> None:
     world = make_world([20, 5, 9], heads, kv_heads, dim, dtype=torch.float16)
     rows = [1, 7, 16, 17, 23]
-    folded = fold_queries(world.q, plan(world, rows), kv_heads, 4)
-    assert folded.shape == (3, kv_heads, 4, heads // kv_heads, dim)
+    folded = fold_queries(world.q, plan(world, rows), kv_heads, 4, splits=2, room=4)
+    assert folded.shape == (4, kv_heads, 2, 4, heads // kv_heads, dim)
+    assert torch.equal(folded[:3, :, 0], folded[:3, :, 1])
+    folded = folded[:, :, 0]
     for segment, mine in ((0, [1, 7]), (1, []), (2, [16, 17, 23])):
         count = len(mine)
         assert not folded[segment, :, count:].any()
@@ -125,5 +127,7 @@ def test_what_does_not_fit_is_refused() -> None:
         query_change(now.half(), before, slots, flags(True, True, True))
     with pytest.raises(ValueError, match="active: found 4 parts, allowed: divisors of 6"):
         keep_changed(now, before, slots, torch.ones(12, 4, dtype=torch.bool, device=DEVICE))
+    with pytest.raises(ValueError, match="room: found 2, allowed: at least the 3 segments"):
+        fold_queries(now, plan(make_world([20, 5, 9], 6), []), 6, 4, room=2)
     with pytest.raises(ValueError, match="active: found 10 rows, allowed: multiples of the block length 4"):
         plan_rows(torch.ones(10, 1, dtype=torch.bool, device=DEVICE), 4)

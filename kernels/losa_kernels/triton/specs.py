@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_kernels.triton import active, block, change, choose, fold, mass, merge, prefix, scores, store, unite
+from losa_kernels.triton import active, block, change, choose, entries, fold, mass, merge, prefix, scores, store, unite
 from losa_kernels.triton.launch import Launch, noted_launches
 from losa_kernels.triton.layout import Lists, Pages, Parts, Planned, Segments
 
@@ -141,6 +141,18 @@ def _merge() -> object:
     return merge.merge_states(*states, *states)
 
 
+def _entries() -> None:
+    room = SEGMENTS * KV_HEADS * 2
+    into = entries.Entries(*(torch.empty(n, dtype=torch.int32, device="meta") for n in (room + 1, POOL, room)))
+    lists = Lists(integers(SEGMENTS * KV_HEADS + 1), integers(POOL), KV_HEADS, PAGE, flags(SEGMENTS), BUDGET)
+    entries.fill_entries(into, pages(), segments(16), 2, lists)
+
+
+def _merge_entries() -> object:
+    shape = (SEGMENTS, KV_HEADS, 2, 16, HEADS // KV_HEADS)
+    return entries.merge_entries(floats(*shape, DIM), singles(*shape), planned(16), 16)
+
+
 def _mass() -> object:
     return mass.prefix_mass(queries(16), singles(SEGMENTS * 16, HEADS), pages(), segments(16), SCALE)
 
@@ -166,6 +178,8 @@ SPECS: dict[str, Spec] = {
     "mark_pages": Spec("_mark_kernel", lambda: _select(16), 96),
     "list_pages": Spec("_list_kernel", lambda: _select(16), 64),
     "fold_queries": Spec("_fold_kernel", lambda: fold.fold_queries(queries(16), planned(16), KV_HEADS, 5), 64),
+    "fill_entries": Spec("_entries_kernel", _entries, 96),
+    "merge_entries": Spec("_merge_entries_kernel", _merge_entries, 64),
     "store_rows": Spec("_store_kernel", _store, 64),
     "page_bounds": Spec("_bounds_kernel", _store, 64),
     "prefix_mass": Spec("_mass_kernel", _mass, 144, 50 * 1024),

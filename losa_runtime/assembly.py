@@ -63,7 +63,6 @@ class Parts(NamedTuple):
         return {
             "model_path": self.folder,
             "tokenizer_path": self.tokenizer_folder,
-            "served_model_name": config.served_model_name or config.model,
             "architecture": model.architecture,
             "parameters": sum(p.numel() for p in self.runner.model.parameters()),
             "vocab_size": self.tokenizer.vocab_size,
@@ -240,13 +239,14 @@ def _num_pages(
                 f"allowed: at most {free // page_bytes * config.page_size} with {free >> 20} MiB free"
             )
         return pages
-    pages = int(free * config.mem_fraction) // page_bytes
+    pages = int(free * config.mem_fraction_static) // page_bytes
     if device.type == "cpu":
         requests = min(CPU_POOL_CONTEXTS, config.max_running_requests)
         pages = min(pages, -(-requests * context_length // config.page_size))
     if pages < least:
         raise ConfigError(
-            f"mem_fraction: found {config.mem_fraction}, too little for a page pool ({free >> 20} MiB free)"
+            f"mem_fraction_static: found {config.mem_fraction_static}, "
+            f"too little for a page pool ({free >> 20} MiB free)"
         )
     logger.info("max_total_tokens auto: %d (%d MiB)", pages * config.page_size, pages * page_bytes >> 20)
     return pages

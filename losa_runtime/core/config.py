@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from losa_runtime.core.errors import ConfigError
+from losa_runtime.core.options import option
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class RopeScaling(BaseModel):
-    """RoPE scaling beyond the trained length: linear interpolation, or YaRN (arXiv 2309.00071)."""
+    """RoPE scaling beyond the trained length: linear interpolation, or YaRN (arXiv 2309.00071).
+
+    kind is also understood under the names that it has in Hugging Face's configurations, rope_type and type.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["linear", "yarn"]
@@ -22,63 +26,89 @@ class RopeScaling(BaseModel):
     beta_slow: float = Field(default=1.0, gt=0)
     attention_factor: float | None = Field(default=None, gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_kind(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "kind" in data:
+            return data
+        return {"kind" if name in ("rope_type", "type") else name: value for name, value in data.items()}
+
+
+MODEL = "model"
+MEMORY = "memory and batching"
+SPARSE = "sparse attention (defaults; a request may choose otherwise in custom_params)"
+DECODING = "decoding (defaults; a request may choose otherwise in custom_params)"
+
 
 class EngineConfig(BaseModel):
-    """Everything that is fixed for the life of an engine.
+    """Everything that is fixed for the life of an engine. A new field is a new option of every command that starts one.
 
-    model: local checkpoint folder or hub id. tokenizer: folder, default the model's.
-    dtype: of weights and activations; kv_cache_dtype: of the pages. auto = float32 on a CPU, the checkpoint's else.
-    attention_backend: how attention is computed. auto = native where its kernels are built and the CPU has AVX2.
-    page_size: tokens per K/V page. max_total_tokens: size of the page pool in tokens; None = from free memory times
-    mem_fraction. context_length: longest prompt + output; None = the model's.
-    chunked_prefill_size: prompt tokens prefilled per round over all requests.
-    disable_fused_commit: store a finished block in a forward of its own, not together with the next block's first step.
-    deterministic: bitwise equal logits whatever the batch, at a price: fixed tiles in every matrix product.
-    schedule_policy: who is admitted first: first come, longest cached prefix, or highest `priority`.
-    radix_eviction_policy: which unlocked prefix goes first: least recently or least frequently used.
-    block_length, mask_token_id, rope_scaling: override the checkpoint's config.
+    dtype and kv_cache_dtype: auto = float32 on a CPU, the checkpoint's else. attention_backend: auto = native where its
+    kernels are built and the CPU has AVX2. max_total_tokens: None = from free memory times mem_fraction_static.
     sparse_method … denoising_steps: defaults of `DiffusionParams`, see there. token_budget: None = 1024, or the context
-    if that is shorter. sparse_methods: what requests may choose, None = any; only their page summaries and state take
-    memory. sparse_options: of `sparse_method`; they are not for requests that choose another method.
+    if that is shorter. sparse_methods: only the page summaries and the state of these take memory. sparse_options: of
+    `sparse_method`; they are not for requests that choose another method.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str
-    tokenizer: str | None = None
-    served_model_name: str | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: DType = "auto"
-    kv_cache_dtype: DType = "auto"
-    attention_backend: Literal["auto", "native", "torch"] = "auto"
-    context_length: int | None = Field(default=None, gt=0)
-    block_length: int | None = Field(default=None, gt=0, le=1024)
-    mask_token_id: int | None = Field(default=None, ge=0)
-    rope_scaling: RopeScaling | None = None
+    model: str = option(..., MODEL, "checkpoint folder or hub id", names=("model_path",), metavar="PATH")
+    tokenizer: str | None = option(
+        None, MODEL, "its folder or hub id (default: the model's)", names=("tokenizer_path",), metavar="PATH"
+    )
+    dtype: DType = option("auto", MODEL, "of weights and activations")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", MODEL, "where the model runs")
+    attention_backend: Literal["auto", "native", "torch"] = option("auto", MODEL, "how attention is computed")
+    context_length: int | None = option(
+        None, MODEL, "longest prompt plus output in tokens (default: the model's)", gt=0
+    )
+    block_length: int | None = option(None, MODEL, "override the checkpoint's diffusion block length", gt=0, le=1024)
+    mask_token_id: int | None = option(None, MODEL, "override the checkpoint's mask token", ge=0)
+    rope_scaling: RopeScaling | None = option(
+        None, MODEL, 'override the checkpoint\'s, e.g. \'{"kind": "yarn", "factor": 4.0}\''
+    )
+    deterministic: bool = option(False, MODEL, "bitwise equal results whatever else runs; slower")
+    random_seed: int = option(0, MODEL, "for requests that bring no seed of their own", ge=0, lt=2**63)
 
-    page_size: int = Field(default=16, gt=0, le=1024)
-    max_total_tokens: int | None = Field(default=None, gt=0)
-    mem_fraction: float = Field(default=0.5, gt=0.0, le=0.95)
-    max_running_requests: int = Field(default=32, gt=0, le=4096)
-    max_queued_requests: int = Field(default=1024, gt=0)
-    chunked_prefill_size: int = Field(default=2048, gt=0)
-    disable_radix_cache: bool = False
-    disable_fused_commit: bool = False
-    deterministic: bool = False
-    schedule_policy: Literal["fcfs", "lpm", "priority"] = "fcfs"
-    radix_eviction_policy: Literal["lru", "lfu"] = "lru"
+    kv_cache_dtype: DType = option("auto", MEMORY, "of the cached keys and values")
+    mem_fraction_static: float = option(0.5, MEMORY, "share of free memory for the page pool", gt=0.0, le=0.95)
+    max_total_tokens: int | None = option(None, MEMORY, "size of the page pool, instead of a share of memory", gt=0)
+    page_size: int = option(16, MEMORY, "tokens per page", gt=0, le=1024)
+    max_running_requests: int = option(32, MEMORY, "requests in one batch", gt=0, le=4096)
+    max_queued_requests: int = option(1024, MEMORY, "requests that may wait; more get 503", gt=0)
+    chunked_prefill_size: int = option(2048, MEMORY, "prompt tokens per round, over all requests", gt=0)
+    schedule_policy: Literal["fcfs", "lpm", "priority"] = option(
+        "fcfs", MEMORY, "who is admitted first: first come, longest cached prefix, or highest priority"
+    )
+    radix_eviction_policy: Literal["lru", "lfu"] = option(
+        "lru", MEMORY, "which unlocked prefix goes first: least recently or least frequently used"
+    )
+    disable_radix_cache: bool = option(False, MEMORY, "share no prefixes between requests")
+    disable_fused_commit: bool = option(
+        False, MEMORY, "store a finished block in a forward of its own, not with the next block's first step"
+    )
 
-    sparse_method: str = "dense"
-    sparse_methods: tuple[str, ...] | None = Field(default=None, min_length=1)
-    token_budget: int | None = Field(default=None, gt=0)
-    active_tokens: int | None = Field(default=None, ge=0)
-    active_ratio: float | None = Field(default=None, ge=0.0, le=1.0)
-    active_tau: float | None = Field(default=None, gt=0.0, le=1.0)
-    sparse_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    algorithm: str = "low_confidence_dynamic"
-    threshold: float = Field(default=0.9, ge=0.0, le=1.0)
-    denoising_steps: int | None = Field(default=None, gt=0)
-    random_seed: int = Field(default=0, ge=0, lt=2**63)
+    sparse_method: str = option("dense", SPARSE, "what is read, e.g. dense, quest, losa", metavar="NAME")
+    sparse_methods: tuple[str, ...] | None = option(
+        None,
+        SPARSE,
+        "what requests may choose, by commas; pages keep only what these need (default: all)",
+        min_length=1,
+    )
+    token_budget: int | None = option(None, SPARSE, "prefix tokens that each query may select (default: 1024)", gt=0)
+    active_tokens: int | None = option(None, SPARSE, "LoSA: rows recomputed per step, by count", ge=0)
+    active_ratio: float | None = option(None, SPARSE, "LoSA: the same as a share of the block", ge=0.0, le=1.0)
+    active_tau: float | None = option(None, SPARSE, "LoSA: the same as a share of the total change", gt=0.0, le=1.0)
+    sparse_options: dict[str, bool | int | float | str] = option(
+        {}, SPARSE, "further options of the method, e.g. '{\"dense_layers\": 2}'"
+    )
+
+    algorithm: str = option(
+        "low_confidence_dynamic", DECODING, "decoding algorithm", names=("algorithm", "dllm_algorithm"), metavar="NAME"
+    )
+    threshold: float = option(0.9, DECODING, "confidence above which the dynamic algorithm accepts", ge=0.0, le=1.0)
+    denoising_steps: int | None = option(None, DECODING, "planned steps per block (default: the block length)", gt=0)
+
     show_progress: bool = True
 
     @classmethod

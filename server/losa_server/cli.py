@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 
 import losa_runtime
+from losa_runtime.core.errors import ConfigError
 from losa_server.commands import generate, make_checkpoint, serve
+from losa_server.configuration.hints import hint
 
 COMMANDS = (serve, generate, make_checkpoint)
-
-# Options of other servers that people type from memory -> ours.
-FOREIGN_OPTIONS = {
-    "--max-model-len": "--context-length",
-    "--max-num-seqs": "--max-running-requests",
-    "--gpu-memory-utilization": "--mem-fraction-static",
-    "--seed": "--random-seed",
-    "--block-size": "--page-size (K/V pages) or --block-length (diffusion blocks)",
-    "--no-enable-prefix-caching": "--disable-radix-cache",
-    "--dllm-algorithm": "--algorithm",
-}
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -37,23 +27,31 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code."""
+    """Run a command; its exit code. 2: the command line or the settings are wrong."""
+    words = list(sys.argv[1:] if argv is None else argv)
     parser, subparsers = make_parser()
-    args, unknown = parser.parse_known_args(argv)
+    if words and not words[0].startswith("-") and words[0] not in subparsers:
+        near = hint(words[0], subparsers)
+        parser.error(f"there is no command {words[0]}{near}; there are: {', '.join(subparsers)}")
+    args, unknown = parser.parse_known_args(words)
     if unknown:
-        subparser = subparsers[args.command]
-        subparser.error("\n  ".join(f"unknown argument {word}{_hint(word, subparser)}" for word in unknown))
-    code: int = args.run(args)
+        subparsers[args.command].error(_unknown(unknown, subparsers[args.command]))
+    try:
+        code: int = args.run(args)
+    except ConfigError as error:
+        print(f"losa {args.command}: error: {error}", file=sys.stderr)
+        return 2
     return code
 
 
-def _hint(word: str, parser: argparse.ArgumentParser) -> str:
-    name = word.partition("=")[0]
-    if name in FOREIGN_OPTIONS:
-        return f" (here: {FOREIGN_OPTIONS[name]})"
-    known = [option for action in parser._actions for option in action.option_strings]
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def _unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """The words that nobody understood; what stands behind an unknown flag is taken for its value."""
+    flags = [
+        option for action in parser._actions if action.help != argparse.SUPPRESS for option in action.option_strings
+    ]
+    odd = [i for i, word in enumerate(words) if i == 0 or word.startswith("-") or not words[i - 1].startswith("-")]
+    names = [words[i].partition("=")[0] for i in odd]
+    return "\n  ".join(f"unknown argument {name}{hint(name, flags)}" for name in names)
 
 
 if __name__ == "__main__":

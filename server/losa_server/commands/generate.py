@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import LosaError
 from losa_runtime.core.sampling_params import SamplingParams
-from losa_server.commands.engine_flags import add_engine_flags, config_from
+from losa_server.configuration.flags import add_settings, settings_from
+from losa_server.configuration.printout import as_yaml
 
 if TYPE_CHECKING:
     from losa_runtime.llm import LLM, Completion
@@ -23,6 +25,8 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     """Register the command and its options."""
     parser = subparsers.add_parser(
         "generate",
+        allow_abbrev=False,
+        usage="losa generate --model-path PATH [--prompt TEXT] [options]",
         help="complete one prompt, offline",
         description="Load a model, complete one prompt, print the text (stdout) and what it cost (stderr).",
     )
@@ -38,13 +42,18 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
     sampling.add_argument("--seed", type=int, default=None, metavar="N", help="of this completion")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
-    add_engine_flags(parser)
+    add_settings(parser, EngineConfig)
     parser.set_defaults(run=run)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Complete and print; 0 on success, 1 with the reason on stderr."""
+    """Complete and print; 0 on success, 1 with the reason on stderr. Raises ConfigError for wrong settings."""
+    configuration = settings_from(args, EngineConfig)
+    config = configuration.make(EngineConfig)
+    if args.print_config:
+        print(as_yaml(configuration, config), end="")
+        return 0
     try:
         params = SamplingParams.parse(
             {
@@ -56,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 "ignore_eos": args.ignore_eos,
             }
         )
-        options: dict[str, Any] = config_from(args).model_dump(exclude_unset=True)
+        options: dict[str, Any] = config.model_dump(exclude_unset=True)
         text = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
 
         from losa_runtime.llm import LLM  # loads torch, which --help need not

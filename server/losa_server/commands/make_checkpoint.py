@@ -34,6 +34,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     """Register the command and its options."""
     parser = subparsers.add_parser(
         "make-checkpoint",
+        allow_abbrev=False,
         help="write a checkpoint with random weights",
         description="Write a loadable checkpoint folder with random weights and a byte-level tokenizer. "
         "It has the shape of a real model, so it shows real speed and memory; what it says is noise.",

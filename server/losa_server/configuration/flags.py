@@ -19,7 +19,7 @@ def add_settings(parser: argparse.ArgumentParser, *models: Model) -> None:
     """Add a flag for every option of the models, and --config and --print-config."""
     source = parser.add_argument_group(
         "configuration",
-        "A flag wins over a variable LOSA_NAME, that over the file, that over the default; --no-NAME takes a switch back.",
+        "A flag wins over a variable LOSA_NAME, that over the file, that over the default; --no-NAME undoes a switch.",
     )
     source.add_argument("--config", type=Path, default=None, metavar="FILE", help="YAML file with settings by name")
     source.add_argument("--print-config", action="store_true", help="print all settings as such a file, and end")

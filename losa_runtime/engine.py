@@ -89,6 +89,9 @@ class Engine:
         if self.scheduler.is_live(request.rid):
             raise InvalidRequest("rid", request.rid, "an id that no live request has")
         self._check_prompt(request)
+        for token in request.logprob_ids:
+            if not 0 <= token < self.parts.tokenizer.vocab_size:
+                raise InvalidRequest("token_ids_logprob", token, f"0 to {self.parts.tokenizer.vocab_size - 1}")
         req = Req(request, self._settle(request), self._arrivals, self.parts.model_config.block_length)
         self.scheduler.add(req)
         self._arrivals += 1

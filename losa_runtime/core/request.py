@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from losa_runtime.core.sampling_params import MAX_COUNT, SamplingParams
+
+MAX_ALTERNATIVES = 128  # per token, of either kind: a request's answer stays within what one message carries
 
 
 class ScoreSpec(BaseModel):
@@ -23,7 +25,10 @@ class ScoreSpec(BaseModel):
 class Request(BaseModel):
     """One prompt to complete. `rid` is unique among the live requests. `namespace` separates prefix caches.
 
-    output_logprobs: also report the log-probability that each output token had when it was accepted.
+    output_logprobs: also report the log-probability that each output token had in the denoising step in which it was
+    accepted: natural, after penalties, bias, bans and temperature, before top_k, top_p and min_p.
+    top_logprobs, logprob_ids: with every token that is reported, also those of so many likeliest ids, and of these ids,
+    from the same distribution. trace: also report every denoising step as it happens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +37,9 @@ class Request(BaseModel):
     sampling: SamplingParams = SamplingParams()
     score: ScoreSpec | None = None
     output_logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_ALTERNATIVES)
+    logprob_ids: tuple[int, ...] = Field(default=(), max_length=MAX_ALTERNATIVES)
+    trace: bool = False
     namespace: str = ""
     priority: int = Field(default=0, ge=-MAX_COUNT, le=MAX_COUNT)
 
@@ -45,6 +53,31 @@ class FinishReason(BaseModel):
     length: int | None = None
     message: str | None = None
     status_code: int | None = None
+
+
+class Alternatives(NamedTuple):
+    """What else was likely where a token was accepted (or scored). top_ids: likeliest first, equal ones in no
+    particular order; asked: values of `Request.logprob_ids`, in their order. Minus infinity for what was banned."""
+
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+    asked: tuple[float, ...] = ()
+
+
+class StepTrace(NamedTuple):
+    """One denoising step of a block. Positions count output tokens from 0; the block's are start .. stop - 1.
+
+    step: 0 opens the block, also when it is opened again after a retraction: what it held is then masked again.
+    positions: those unmasked in this step, ascending, with their token_ids and logprobs. Nothing of a block is final
+    before it is finished: behind a stop token it may be dropped.
+    """
+
+    start: int
+    stop: int
+    step: int
+    positions: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
 
 
 class RequestStats(BaseModel):
@@ -83,7 +116,8 @@ class RequestOutput(BaseModel):
 
     Text is final when it is sent: only accepted tokens, never part of a possible stop string, never half a character.
     prompt_logprobs: for a scoring request, one value per prompt position from `ScoreSpec.start`, on the last output.
-    output_logprobs: one value per new token id, if asked for.
+    output_logprobs: one value per new token id, if asked for. prompt_alternatives, output_alternatives: one beside each
+    of these values, if asked for. trace: denoising steps since the last output, for a request that asked for them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -92,6 +126,9 @@ class RequestOutput(BaseModel):
     token_ids: tuple[int, ...] = ()
     output_logprobs: tuple[float, ...] | None = None
     prompt_logprobs: tuple[float, ...] | None = None
+    output_alternatives: tuple[Alternatives, ...] | None = None
+    prompt_alternatives: tuple[Alternatives, ...] | None = None
+    trace: tuple[StepTrace, ...] = ()
     finish: FinishReason | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0

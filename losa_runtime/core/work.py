@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from losa_runtime.core.batch import ForwardMode, SparseParams
 from losa_runtime.core.decoding_params import DecodingParams
+from losa_runtime.core.request import Alternatives
 from losa_runtime.core.sampling_params import SamplingParams
 
 Ids = NDArray[np.int64]
@@ -20,7 +21,8 @@ class RowContext(NamedTuple):
     seed: of its random numbers. ban_always: ids that are never chosen (EOS under ignore_eos). ban_early: ids that are
     not chosen at positions below `early_before` (min_new_tokens). prompt, output: token history for penalties; prompt
     holds its distinct ids, and none where no penalty looks at them; output
-    holds finished blocks only, tokens accepted in the current block come on top.
+    holds finished blocks only, tokens accepted in the current block come on top. top_logprobs, logprob_ids: the
+    alternatives that are to be reported, see Request.
     """
 
     sampling: SamplingParams
@@ -30,6 +32,8 @@ class RowContext(NamedTuple):
     early_before: int
     prompt: NDArray[np.int32]
     output: NDArray[np.int32]
+    top_logprobs: int = 0
+    logprob_ids: tuple[int, ...] = ()
 
 
 class WorkItem(NamedTuple):
@@ -81,10 +85,12 @@ class SegmentCost(NamedTuple):
 class BlockResult(NamedTuple):
     """The outcome of one block segment. offsets: accepted candidates; tokens, logprobs: theirs. For SCORE: the score
     of the one candidate. cost: of a denoising step, not of SCORE. error: why the segment has no usable result
-    (not-a-number logits); offsets, tokens and logprobs are then empty."""
+    (not-a-number logits); offsets, tokens and logprobs are then empty. alternatives: one beside each logprob, where
+    the request wants them."""
 
     offsets: Ids
     tokens: Ids
     logprobs: NDArray[np.float64]
     cost: SegmentCost | None = None
     error: str | None = None
+    alternatives: tuple[Alternatives, ...] | None = None

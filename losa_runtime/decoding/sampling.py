@@ -55,13 +55,35 @@ class Bans(NamedTuple):
     id_N: Tensor | None = None
 
 
+class Wanted(NamedTuple):
+    """Further log-probabilities (definition 3) to be reported. Rows ascend in both lists.
+
+    row_N: int64 [N], rows whose `top` likeliest ids are wanted. row_M, id_M: int64 [M], single (row, id) pairs.
+    """
+
+    top: int
+    row_N: Tensor
+    row_M: Tensor
+    id_M: Tensor
+
+
+class Others(NamedTuple):
+    """What was `Wanted`. top_id_NK: int64, top_logprob_NK: float64 [N, K], likeliest first, K = top or all there are;
+    logprob_M: float64 [M]. Minus infinity for banned ids."""
+
+    top_id_NK: Tensor
+    top_logprob_NK: Tensor
+    logprob_M: Tensor
+
+
 class Sampled(NamedTuple):
-    """Each [R]. token_R: int64. confidence_R, logprob_R: float32, definition 3. entropy_R: float32, if asked for."""
+    """token_R: int64. confidence_R, logprob_R: float32, definition 3. entropy_R: float32, others: if asked for."""
 
     token_R: Tensor
     confidence_R: Tensor
     logprob_R: Tensor
     entropy_R: Tensor | None = None
+    others: Others | None = None
 
 
 class UnusableLogits(LosaError):
@@ -72,27 +94,38 @@ class UnusableLogits(LosaError):
         super().__init__(f"no token can be sampled from rows {rows}: all ids banned, or logits not finite")
 
 
-def sample(logits_RV: Tensor, rows: SamplingRows, bans: Bans, entropy: bool = False) -> Sampled:
+def sample(
+    logits_RV: Tensor, rows: SamplingRows, bans: Bans, entropy: bool = False, wanted: Wanted | None = None
+) -> Sampled:
     """Sample one token per row, see the definitions above.
 
     logits_RV: any float dtype, not changed. entropy: also report the entropy of p in nats (unfiltered, tempered).
+    wanted: also report these log-probabilities.
     Raises UnusableLogits naming the rows; the others can be sampled again without them.
     """
     R, V = logits_RV.shape
     height = max(1, _ELEMENTS_PER_PASS // V)
     parts = [
-        _sample_part(logits_RV, rows, bans, entropy, start, start + height) for start in range(0, max(R, 1), height)
+        _sample_part(logits_RV, rows, bans, entropy, wanted, start, start + height)
+        for start in range(0, max(R, 1), height)
     ]
-    token_R, logprob_R, entropy_R, usable_R = (torch.cat(column) for column in zip(*parts, strict=True))
+    token_R, logprob_R, entropy_R, usable_R, *others = (torch.cat(column) for column in zip(*parts, strict=True))
     if not bool(usable_R.all()):
         raise UnusableLogits(tuple(torch.nonzero(~usable_R).flatten().tolist()))
-    return Sampled(token_R, logprob_R.exp().float(), logprob_R.float(), entropy_R.float() if entropy else None)
+    return Sampled(
+        token_R,
+        logprob_R.exp().float(),
+        logprob_R.float(),
+        entropy_R.float() if entropy else None,
+        Others(*others) if others else None,
+    )
 
 
 def _sample_part(
-    logits_RV: Tensor, rows: SamplingRows, bans: Bans, entropy: bool, start: int, stop: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token, logprob, entropy, usable) of rows [start, stop), float64; logprob in entropy's place if not asked for."""
+    logits_RV: Tensor, rows: SamplingRows, bans: Bans, entropy: bool, wanted: Wanted | None, start: int, stop: int
+) -> tuple[Tensor, ...]:
+    """(token, logprob, entropy, usable, *others) of rows [start, stop), float64; logprob in entropy's place if that is
+    not asked for, no others if none are wanted."""
     logits_RV = _banned(logits_RV[start:stop], bans, start)
     rows = SamplingRows(*(column[start:stop] for column in rows))
     token_R = logits_RV.argmax(-1)
@@ -107,7 +140,17 @@ def _sample_part(
         drawn = SamplingRows(*(column[drawn_D] for column in rows))
         token_R[drawn_D] = _draw(logits_RV[drawn_D], logp_RV[drawn_D].exp(), drawn)
     logprob_R = logp_RV.gather(-1, token_R[:, None])[:, 0]
-    return token_R, logprob_R, _entropy(logp_RV) if entropy else logprob_R, usable_R
+    others = () if wanted is None else _others(logp_RV, wanted, start)
+    return token_R, logprob_R, _entropy(logp_RV) if entropy else logprob_R, usable_R, *others
+
+
+def _others(logp_RV: Tensor, wanted: Wanted, start: int) -> Others:
+    """What is wanted of some rows; `start` is the number of the first."""
+    stop = start + len(logp_RV)
+    row_N = wanted.row_N[(wanted.row_N >= start) & (wanted.row_N < stop)] - start
+    top_NK, id_NK = logp_RV[row_N].topk(min(wanted.top, logp_RV.shape[1]))
+    here_M = (wanted.row_M >= start) & (wanted.row_M < stop)
+    return Others(id_NK, top_NK, logp_RV[wanted.row_M[here_M] - start, wanted.id_M[here_M]])
 
 
 def _entropy(logp_RV: Tensor) -> Tensor:

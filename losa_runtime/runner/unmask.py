@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from losa_runtime.core.batch import ForwardMode
+from losa_runtime.core.request import Alternatives
 from losa_runtime.core.work import BlockResult, RowContext, WorkItem
 from losa_runtime.decoding.algorithm import Candidates, DecodingAlgorithm, accept
 from losa_runtime.decoding.penalties import PenaltyRows, has_penalties, penalise
@@ -20,6 +21,7 @@ from losa_runtime.decoding.registry import load_algorithm
 from losa_runtime.decoding.rng import uniform
 from losa_runtime.decoding.sampling import Bans, Sampled, SamplingRows, UnusableLogits, sample
 from losa_runtime.models.model import BlockDiffusionModel
+from losa_runtime.runner.alternatives import of_score, per_row, wanted
 
 # Elements of one chunk of float32 logits (256 MiB).
 _LOGITS_PER_CHUNK = 1 << 26
@@ -80,12 +82,19 @@ class Unmasker:
             return results
         accepted_R = self._accept(mine, sizes, sampled).cpu().numpy()
         token_R, logprob_R = sampled.token_R.cpu().numpy(), sampled.logprob_R.double().cpu().numpy()
+        contexts = [_context(item) for item in mine]
+        others = None if sampled.others is None else per_row(contexts, sizes, sampled.others)
         results = {}
         start = 0
         for s, item, size in zip(chunk, mine, sizes, strict=True):
             rows = slice(start, start + size)
             yes = accepted_R[rows]
-            results[s] = BlockResult(_offsets(item.candidates)[yes], token_R[rows][yes], logprob_R[rows][yes])
+            results[s] = BlockResult(
+                _offsets(item.candidates)[yes],
+                token_R[rows][yes],
+                logprob_R[rows][yes],
+                alternatives=None if others is None else _chosen(others[rows], yes),
+            )
             start += size
         return results
 
@@ -94,11 +103,18 @@ class Unmasker:
         logits_RV[:, self.vocab_size :] = -torch.inf
         logits_RV[:, self.mask_token_id] = -torch.inf
         target_R1 = torch.tensor([[items[s].target] for s in chunk], device=logits_RV.device)
-        logprob_R = logits_RV.double().log_softmax(-1).gather(-1, target_R1)[:, 0].cpu().numpy()
+        logp_RV = logits_RV.double().log_softmax(-1)
+        logprob_R = logp_RV.gather(-1, target_R1)[:, 0].cpu().numpy()
         results: dict[int, BlockResult] = {}
-        for s, logprob in zip(chunk, logprob_R, strict=True):
+        for row, (s, logprob) in enumerate(zip(chunk, logprob_R, strict=True)):
             item = items[s]
-            result = BlockResult(_offsets(item.candidates), np.array([item.target]), np.array([logprob]))
+            others = of_score(_context(item), logp_RV[row])
+            result = BlockResult(
+                _offsets(item.candidates),
+                np.array([item.target]),
+                np.array([logprob]),
+                alternatives=None if others is None else (others,),
+            )
             results[s] = result if np.isfinite(logprob) else _failed()
         return results
 
@@ -124,7 +140,7 @@ class Unmasker:
         )
         logits_RV = penalise(logits_RV, self._penalties(items, sizes))
         entropy = any(_algorithm(item).needs_entropy for item in items)
-        return sample(logits_RV, rows, self._bans(items, sizes, device), entropy)
+        return sample(logits_RV, rows, self._bans(items, sizes, device), entropy, wanted(contexts, sizes, device))
 
     def _penalties(self, items: Sequence[WorkItem], sizes: Sequence[int]) -> list[PenaltyRows]:
         requests: list[PenaltyRows] = []
@@ -188,6 +204,12 @@ def _context(item: WorkItem) -> RowContext:
 def _algorithm(item: WorkItem) -> DecodingAlgorithm:
     assert item.decoding is not None, "a denoising segment without decoding parameters"
     return load_algorithm(item.decoding.algorithm)
+
+
+def _chosen(others: Sequence[Alternatives | None], yes: np.ndarray) -> tuple[Alternatives, ...] | None:
+    """Those of the accepted rows of one segment; None where its request wants none."""
+    chosen = [other for other, accepted in zip(others, yes, strict=True) if accepted]
+    return tuple(other for other in chosen if other is not None) or None
 
 
 def _failed() -> BlockResult:

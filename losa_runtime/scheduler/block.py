@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_runtime.core.request import Alternatives
 from losa_runtime.core.work import Ids
 
 
@@ -15,7 +16,7 @@ class DiffusionBlock:
     block whose limit is below B is the request's last and its K/V is never stored.
     """
 
-    __slots__ = ("known", "latest", "limit", "logprobs", "masked", "start", "step", "tokens")
+    __slots__ = ("alternatives", "known", "latest", "limit", "logprobs", "masked", "start", "step", "tokens")
 
     def __init__(self, start: int, known: Ids, limit: int, block_length: int, mask_token_id: int) -> None:
         assert start % block_length == 0 and known.size < block_length and known.size < limit <= block_length
@@ -25,6 +26,7 @@ class DiffusionBlock:
         self.masked = np.ones(block_length, dtype=bool)
         self.masked[: known.size] = False
         self.logprobs: NDArray[np.float64] = np.zeros(block_length)
+        self.alternatives: dict[int, Alternatives] = {}  # by offset, for a request that wants them
         self.step = 0
         self.latest: tuple[int, ...] = ()  # offsets accepted in the last step
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from losa_runtime.core.request import FinishReason, RequestOutput
+from losa_runtime.core.request import Alternatives, FinishReason, RequestOutput, StepTrace
 from losa_runtime.scheduler.block import DiffusionBlock
 from losa_runtime.scheduler.req import Req
 
 
 class News(NamedTuple):
-    """New final tokens of a request and, if it ended with them, why."""
+    """New final tokens of a request and, if it ended with them, why. trace: the step that brought them, if wanted."""
 
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     text: str = ""
     finish: FinishReason | None = None
+    alternatives: tuple[Alternatives, ...] = ()
+    trace: tuple[StepTrace, ...] = ()
 
 
 def after_step(req: Req, block: DiffusionBlock) -> News | None:
@@ -49,19 +51,38 @@ def _deliver(req: Req, block: DiffusionBlock, end: int, stop_at: int | None) -> 
     elif last:
         finish = FinishReason(type="length", length=req.completion_tokens + len(ids))
     req.completion_tokens += len(ids)
-    return News(tuple(ids), tuple(logprobs), text, finish)
+    offsets = range(block.known, block.known + len(ids)) if req.wants_alternatives else range(0)
+    return News(tuple(ids), tuple(logprobs), text, finish, tuple(block.alternatives[o] for o in offsets))
+
+
+def traced(req: Req, block: DiffusionBlock, news: News | None) -> News:
+    """The news with the step that the block has just taken, also where there is no other news."""
+    shift = block.start - req.prompt_len
+    step = StepTrace(
+        start=block.known + shift,
+        stop=block.limit + shift,
+        step=block.step - 1,
+        positions=tuple(offset + shift for offset in block.latest),
+        token_ids=tuple(int(block.tokens[offset]) for offset in block.latest),
+        logprobs=tuple(float(block.logprobs[offset]) for offset in block.latest),
+    )
+    return (news or News())._replace(trace=(step,))
 
 
 def to_output(req: Req, news: News) -> RequestOutput:
     """The message for the user."""
     complete = news.finish is not None and news.finish.type in ("stop", "length")
     scores = tuple(req.scores) if complete and req.request.score is not None else None
+    others = req.wants_alternatives
     return RequestOutput(
         rid=req.request.rid,
         text=news.text,
         token_ids=news.ids,
         output_logprobs=news.logprobs if req.request.output_logprobs else None,
         prompt_logprobs=scores,
+        output_alternatives=news.alternatives if req.request.output_logprobs and others else None,
+        prompt_alternatives=tuple(req.score_alternatives) if scores is not None and others else None,
+        trace=news.trace,
         finish=news.finish,
         prompt_tokens=req.prompt_len,
         cached_tokens=req.cached_tokens or 0,

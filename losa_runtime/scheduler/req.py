@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from losa_runtime.cache.prefix_cache import Lease
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.decoding_params import DecodingParams
-from losa_runtime.core.request import Request
+from losa_runtime.core.request import Alternatives, Request
 from losa_runtime.core.work import Ids, RowContext
 from losa_runtime.scheduler.block import DiffusionBlock
 from losa_runtime.scheduler.costs import CostSum
@@ -57,6 +57,7 @@ class Req:
         self.block: DiffusionBlock | None = None
         self.opening: DiffusionBlock | None = None
         self.scores: list[float] = []
+        self.score_alternatives: list[Alternatives] = []
         self.completion_tokens = 0
         self.cached_tokens: int | None = None
         self.cost = CostSum()
@@ -78,6 +79,11 @@ class Req:
     def prefilling(self) -> bool:
         """True while known whole blocks lack their K/V. A finished block is stored by its COMMIT, not by prefill."""
         return self.block is None and self.committed < self.prefill_target
+
+    @property
+    def wants_alternatives(self) -> bool:
+        """Whether other ids are reported beside the tokens."""
+        return self.request.top_logprobs > 0 or bool(self.request.logprob_ids)
 
     @property
     def unscored(self) -> range:
@@ -103,6 +109,8 @@ class Req:
             early_before=self.prompt_len + self.request.sampling.min_new_tokens,
             prompt=self._distinct_prompt,
             output=self.tokens[self.prompt_len : self.length],
+            top_logprobs=self.request.top_logprobs,
+            logprob_ids=self.request.logprob_ids,
         )
 
     def rewind(self) -> None:

@@ -20,7 +20,7 @@ from losa_runtime.core.request import FinishReason, RequestOutput
 from losa_runtime.core.work import BlockResult, Ids, Round, WorkItem
 from losa_runtime.scheduler.block import DiffusionBlock
 from losa_runtime.scheduler.policy import Policy, in_order
-from losa_runtime.scheduler.progress import News, after_step, to_output
+from losa_runtime.scheduler.progress import News, after_step, to_output, traced
 from losa_runtime.scheduler.req import Req
 
 LOOKAHEAD = 32  # waiting requests considered per round, so that a long queue costs the same as a short one
@@ -166,9 +166,12 @@ class Scheduler:
             return News(finish=FinishReason(type="error", message=result.error, status_code=500))
         if item.mode is ForwardMode.SCORE:
             req.scores.append(float(result.logprobs[0]))
+            req.score_alternatives.extend(result.alternatives or ())
             return None
         assert block is not None and result.cost is not None
         block.accept(result.offsets, result.tokens, result.logprobs)
+        if result.alternatives is not None:
+            block.alternatives.update(zip(block.latest, result.alternatives, strict=True))
         news = after_step(req, block)
         if news is not None and block.complete and news.finish is None:
             req.tokens[block.start : block.start + block.tokens.size] = block.tokens
@@ -176,7 +179,7 @@ class Scheduler:
             req.cost.blocks += 1
         elif news is not None:
             req.cost.blocks += 1
-        return news
+        return traced(req, block, news) if req.request.trace else news
 
     def _stored(self, req: Req, item: WorkItem) -> None:
         """The K/V of a store segment are in their pages: share them."""

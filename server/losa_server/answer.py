@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from losa_runtime.core.request import FinishReason, RequestOutput, RequestStats
+from losa_runtime.core.request import Alternatives, FinishReason, RequestOutput, RequestStats, StepTrace
 
 # Clients drop a log-probability of exactly 0 as "none", so a certain token gets the next best thing.
 LARGEST_LOGPROB = -1e-9
@@ -12,12 +12,18 @@ LARGEST_LOGPROB = -1e-9
 
 @dataclass
 class Answer:
-    """Grows with every `add`; `finish` is None until the request has ended. Log-probabilities are natural, below 0."""
+    """Grows with every `add`; `finish` is None until the request has ended. Log-probabilities are natural, below 0.
+
+    trace: denoising steps that nobody has taken out yet (`take_trace`), for a request that asked for them.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    output_alternatives: list[Alternatives] = field(default_factory=list)
+    prompt_alternatives: list[Alternatives] = field(default_factory=list)
+    trace: list[StepTrace] = field(default_factory=list)
     finish: FinishReason | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -31,10 +37,22 @@ class Answer:
             self.token_ids.extend(output.token_ids)
             self.output_logprobs.extend(_below_zero(output.output_logprobs))
             self.prompt_logprobs.extend(_below_zero(output.prompt_logprobs))
+            self.output_alternatives.extend(map(_others_below_zero, output.output_alternatives or ()))
+            self.prompt_alternatives.extend(map(_others_below_zero, output.prompt_alternatives or ()))
+            self.trace.extend(output.trace)
             self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
             self.completion_tokens, self.stats = output.completion_tokens, output.stats
             self.finish = output.finish or self.finish
 
+    def take_trace(self) -> list[StepTrace]:
+        """The steps since the last call, in order."""
+        taken, self.trace = self.trace, []
+        return taken
 
-def _below_zero(values: tuple[float, ...] | None) -> list[float]:
-    return [min(value, LARGEST_LOGPROB) for value in values or ()]
+
+def _below_zero(values: tuple[float, ...] | None) -> tuple[float, ...]:
+    return tuple(min(value, LARGEST_LOGPROB) for value in values or ())
+
+
+def _others_below_zero(others: Alternatives) -> Alternatives:
+    return others._replace(top_logprobs=_below_zero(others.top_logprobs), asked=_below_zero(others.asked))

@@ -10,7 +10,8 @@ from losa_server.errors import RequestFailed
 
 
 class Mailbox:
-    """News of one request, in order. Bounded by the request's own length: one output per finished block."""
+    """News of one request, in order. Bounded by the request's own length: one output per finished block, or per
+    denoising step for a request that is traced."""
 
     def __init__(self) -> None:
         self._news: deque[RequestOutput] = deque()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from losa_runtime.core.config import EngineConfig
-from losa_runtime.core.request import Request, RequestOutput
+from losa_runtime.core.request import Alternatives, Request, RequestOutput
 
 # The most negative log-probability that is sent; stands for "impossible" and keeps JSON free of infinities.
 LOGPROB_FLOOR = -9999.0
@@ -158,10 +158,20 @@ def finite_logprob(value: float) -> float:
     return LOGPROB_FLOOR if math.isnan(value) or value < LOGPROB_FLOOR else min(value, 0.0)
 
 
+def _finite_values(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(finite_logprob(value) for value in values)
+
+
 def _finite(output: RequestOutput) -> RequestOutput:
-    changes: dict[str, tuple[float, ...]] = {}
+    changes: dict[str, tuple[Any, ...]] = {}
     for name in ("output_logprobs", "prompt_logprobs"):
         values: tuple[float, ...] | None = getattr(output, name)
         if values is not None:
-            changes[name] = tuple(finite_logprob(value) for value in values)
+            changes[name] = _finite_values(values)
+    for name in ("output_alternatives", "prompt_alternatives"):
+        others: tuple[Alternatives, ...] | None = getattr(output, name)
+        if others is not None:
+            changes[name] = tuple(
+                o._replace(top_logprobs=_finite_values(o.top_logprobs), asked=_finite_values(o.asked)) for o in others
+            )
     return output.model_copy(update=changes) if changes else output

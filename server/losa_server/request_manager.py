@@ -40,6 +40,7 @@ class Ask:
 
     prompt: text or token ids; field: what the client called it, with its index in a list. label: the client's name for
     the request (need not be unique). score_start: first prompt position whose log-probability is wanted, None for none.
+    top_logprobs, logprob_ids, trace: see Request.
     """
 
     prompt: str | tuple[int, ...]
@@ -48,6 +49,9 @@ class Ask:
     label: str | None = None
     score_start: int | None = None
     output_logprobs: bool = False
+    top_logprobs: int = 0
+    logprob_ids: tuple[int, ...] = ()
+    trace: bool = False
     namespace: str = ""
     priority: int = 0
 
@@ -195,6 +199,9 @@ def _request(ask: Ask, visit: Visit, prompt_ids: tuple[int, ...]) -> Request:
         sampling=ask.sampling,
         score=None if ask.score_start is None else ScoreSpec(start=ask.score_start),
         output_logprobs=ask.output_logprobs,
+        top_logprobs=ask.top_logprobs,
+        logprob_ids=ask.logprob_ids,
+        trace=ask.trace,
         namespace=visit.caller.namespace(ask.namespace),
         priority=ask.priority,
     )

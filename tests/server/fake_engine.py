@@ -11,7 +11,7 @@ import time
 
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import ConfigError, InvalidRequest, QueueFull
-from losa_runtime.core.request import FinishReason, Request, RequestOutput, RequestStats
+from losa_runtime.core.request import Alternatives, FinishReason, Request, RequestOutput, RequestStats, StepTrace
 from losa_runtime.text_stream import TextStream
 from losa_runtime.tokenizer import Detokenizer, Tokenizer
 
@@ -136,6 +136,12 @@ class FakeEngine:
         live.made += len(ids)
         return self._output(live, tuple(ids), text, finish)
 
+    def _others(self, request: Request, token: int) -> Alternatives:
+        """The token itself at -0.5, the ids behind it at -1.5, -2.5, …; of the asked ids only the token is possible."""
+        top = range(request.top_logprobs)
+        asked = tuple(-0.5 if i == token else float("-inf") for i in request.logprob_ids)
+        return Alternatives(tuple(token + i for i in top), tuple(-0.5 - i for i in top), asked)
+
     def _output(self, live: _Live, ids: tuple[int, ...], text: str, finish: FinishReason | None) -> RequestOutput:
         request = live.request
         scores: tuple[float, ...] | None = None
@@ -150,11 +156,18 @@ class FakeEngine:
                 else -2.0
                 for i in range(request.score.start, len(prompt))
             )
+        start, others = live.made - len(ids), request.top_logprobs > 0 or bool(request.logprob_ids)
+        step = StepTrace(start, live.made, 0, tuple(range(start, live.made)), ids, tuple(-0.5 for _ in ids))
         return RequestOutput(
             rid=request.rid,
             text=text,
             token_ids=ids,
             output_logprobs=tuple(-0.5 for _ in ids) if request.output_logprobs else None,
+            output_alternatives=tuple(self._others(request, i) for i in ids) if others else None,
+            prompt_alternatives=tuple(self._others(request, i) for i in request.prompt_ids[request.score.start :])
+            if others and scores is not None and request.score is not None
+            else None,
+            trace=(step,) if request.trace and ids else (),
             prompt_logprobs=scores,
             finish=finish,
             prompt_tokens=len(request.prompt_ids),

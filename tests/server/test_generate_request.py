@@ -103,6 +103,24 @@ def test_namespaces_keep_key_and_salt_apart() -> None:
     assert parse(text="a").asks[0].namespace == ""
 
 
+def test_alternatives_per_prompt_count_only_where_logprobs_are_wanted() -> None:
+    call = parse(
+        text=["a", "b", "c"], return_logprob=[True, False, True], top_logprobs_num=[1, 2, 0],
+        token_ids_logprob=[[0, 5], [6], None],
+    )  # fmt: skip
+    assert [(a.top_logprobs, a.logprob_ids) for a in call.asks] == [(1, (0, 5)), (0, ()), (0, ())]
+    call = parse(text=["a", "b"], return_logprob=True, top_logprobs_num=3, token_ids_logprob=[0])
+    assert [(a.top_logprobs, a.logprob_ids) for a in call.asks] == [(3, (0,))] * 2
+
+
+def test_a_trace_is_for_streams_and_not_for_the_engines_parameters() -> None:
+    call = parse(text="a", stream=True, sampling_params={"custom_params": {"trace": True, "token_budget": 32}})
+    assert call.asks[0].trace and call.asks[0].sampling.custom_params.token_budget == 32
+    assert not parse(text="a", sampling_params={"custom_params": {"trace": False}}).asks[0].trace
+    with pytest.raises(InvalidRequest, match="with `stream` only"):
+        parse(text="a", sampling_params={"custom_params": {"trace": True}})
+
+
 def test_neutral_values_of_refused_fields_are_fine() -> None:
     call = parse(
         text="a", image_data=None, lora_path=None, return_hidden_states=False, return_routed_experts=False,
@@ -142,8 +160,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"text": "a", "lora_path": "x"}, "lora_path"),
     ({"text": "a", "custom_logit_processor": "x"}, "custom_logit_processor"),
     ({"text": "a", "return_hidden_states": True}, "return_hidden_states"),
-    ({"text": "a", "top_logprobs_num": 2}, "top_logprobs_num"),
-    ({"text": "a", "token_ids_logprob": [3]}, "token_ids_logprob"),
+    ({"text": "a", "top_logprobs_num": 129}, "top_logprobs_num"),
+    ({"text": "a", "top_logprobs_num": -1}, "top_logprobs_num"),
+    ({"text": "a", "top_logprobs_num": "2"}, "top_logprobs_num"),
+    ({"text": "a", "token_ids_logprob": [-3]}, "token_ids_logprob"),
+    ({"text": "a", "token_ids_logprob": 3}, "token_ids_logprob"),
+    ({"text": "a", "token_ids_logprob": [[3], [4]]}, "token_ids_logprob"),
+    ({"text": "a", "token_ids_logprob": [[3, None]]}, "token_ids_logprob"),
+    ({"text": "a", "token_ids_logprob": list(range(129))}, "token_ids_logprob"),
+    ({"text": "a", "return_prompt_token_ids": 1}, "return_prompt_token_ids"),
+    ({"text": "a", "custom_params": {"trace": 1}}, "sampling_params.custom_params.trace"),
     ({"text": "a", "session_params": {"id": "1"}}, "session_params"),
     ({"text": "a", "stream": 1}, "stream"),
     ({"text": "a", "stream": "true"}, "stream"),

@@ -129,6 +129,45 @@ def test_prompt_logprobs_without_generation_start_at_0(http: httpx.Client) -> No
     assert meta["output_token_logprobs"] == []
 
 
+def test_alternatives(http: httpx.Client) -> None:
+    body: dict[str, Any] = {
+        "input_ids": [[70, 80, 90], [71]],
+        "sampling_params": {"max_new_tokens": 1},
+        "return_logprob": [True, False],
+        "logprob_start_len": 1,
+        "top_logprobs_num": 2,
+        "token_ids_logprob": [81, 80],
+        "return_text_in_logprobs": True,
+    }
+    first, second = generate(http, **body)
+    meta = first["meta_info"]
+    text = {i: http.post("/detokenize", json={"tokens": [i]}).json()["text"] for i in (70, 71, 80, 81)}
+    assert meta["output_top_logprobs"] == [[[-0.5, 70, text[70]], [-1.5, 71, text[71]]]]
+    assert meta["output_token_ids_logprobs"] == [[[-9999.0, 81, text[81]], [-9999.0, 80, text[80]]]]
+    assert meta["input_token_ids_logprobs"][0] == [[-9999.0, 81, text[81]], [-0.5, 80, text[80]]]
+    assert [row[0][1] for row in meta["input_top_logprobs"]] == [80, 90]
+    assert not any("logprob" in name for name in second["meta_info"])
+
+
+def test_a_trace_shows_the_block_step_by_step(http: httpx.Client) -> None:
+    body = {"text": "the red fox", "sampling_params": {"max_new_tokens": 6, "custom_params": {"trace": True}}}
+    news = events(http, **body)
+    steps = [step for n in news for step in n["trace"]]
+    assert [step["block"] for step in steps] == [[0, 4], [4, 6]]
+    assert [i for step in steps for i in step["ids"]] == news[-1]["output_ids"]
+    assert [entry[0] for step in steps for entry in step["revealed"]] == list(range(6))
+    assert "".join(text for step in steps for text in step["texts"]) == news[-1]["text"]
+    reply = http.post("/generate", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "sampling_params.custom_params.trace")
+    assert all("trace" not in n for n in events(http, text="a", sampling_params={"max_new_tokens": 6}))
+
+
+def test_prompt_ids_come_back_when_asked_for(http: httpx.Client) -> None:
+    answer = generate(http, text="fox", sampling_params={"max_new_tokens": 0}, return_prompt_token_ids=True)
+    assert answer["prompt_token_ids"] == http.post("/tokenize", json={"text": "fox"}).json()["tokens"]
+    assert "prompt_token_ids" not in generate(http, text="fox", sampling_params={"max_new_tokens": 0})
+
+
 # Without the batches that are too large for the parser's test alone: this server's limit is higher.
 BAD_HERE = [
     (body, field) for body, field in BAD[1:] if not (isinstance(body.get("text"), list) and len(body["text"]) >= 40)

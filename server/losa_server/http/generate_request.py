@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from losa_runtime.core.errors import InvalidRequest
-from losa_runtime.core.sampling_params import REFUSED as REFUSED_PARAMS
-from losa_runtime.core.sampling_params import DiffusionParams, SamplingParams
+from losa_runtime.core.request import MAX_ALTERNATIVES
+from losa_runtime.core.sampling_params import SamplingParams
+from losa_server.http.fields import flag, labels, mapping, namespaces, per_prompt, refuse
+from losa_server.http.wishes import Wishes, parse_wishes
 from losa_server.request_manager import Ask
 
 # Known fields that cannot be honoured, with the reason. Values that ask for nothing (null, false, 0, empty) are fine.
@@ -28,64 +30,63 @@ REFUSED: dict[str, str] = {
     "return_routed_experts": "false",
     "return_entropy": "false",
     "return_bytes": "false",
-    "return_prompt_token_ids": "false",
     "session_params": "null (use the prefix cache: send the whole text again)",
-    "top_logprobs_num": "0 (only the log-probability of the token itself is reported)",
-    "token_ids_logprob": "null (only the log-probability of the token itself is reported)",
     "bootstrap_host": "null (prefill and decoding share one engine)",
     "bootstrap_room": "null (prefill and decoding share one engine)",
 }
-KNOWN_PARAMS = frozenset(SamplingParams.model_fields) | frozenset(REFUSED_PARAMS)
-KNOWN_CUSTOM = frozenset(DiffusionParams.model_fields)
 
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """A validated body. as_list: the answer is a list (several prompts, or n > 1). texts: token texts in logprobs."""
+    """A validated body. as_list: the answer is a list (several prompts, or n > 1). texts_in_logprobs: with the texts of
+    the tokens. prompt_ids: return those, too."""
 
     asks: tuple[Ask, ...]
     as_list: bool
     stream: bool
-    return_logprob: tuple[bool, ...]
     texts_in_logprobs: bool
+    prompt_ids: bool
 
 
 def parse_generate(body: dict[str, Any], max_prompts: int) -> GenerateCall:
     """Validate a body. Raises InvalidRequest naming the field."""
-    for name, allowed in REFUSED.items():
-        if not _asks_for_nothing(body.get(name)):
-            raise InvalidRequest(name, body[name], allowed)
+    refuse(body, REFUSED)
     field, prompts, many = _prompts(body)
     if len(prompts) > max_prompts:
         raise InvalidRequest(field, f"{len(prompts)} prompts", f"at most {max_prompts} prompts in one call")
     count = len(prompts)
-    texts = _flag(body, "return_text_in_logprobs")
-    params = _sampling(body, count)
-    wanted = _per_prompt(body, "return_logprob", count, bool, False)
+    stream, texts = flag(body, "stream"), flag(body, "return_text_in_logprobs")
+    wishes = _wishes(body, count)
+    wanted = per_prompt(body, "return_logprob", count, bool, False)
+    tops = _tops(body, count)
+    ids = _id_lists(body, count)
     starts = _starts(body, count)
-    labels = _labels(body, count)
-    priorities = _per_prompt(body, "priority", count, int, 0)
-    namespaces = _namespaces(body, count)
+    names = labels(body, count)
+    priorities = per_prompt(body, "priority", count, int, 0)
+    spaces = namespaces(body, count)
+    if any(wish.trace for wish in wishes) and not stream:
+        raise InvalidRequest("sampling_params.custom_params.trace", True, "true with `stream` only")
     asks: list[Ask] = []
-    logprobs: list[bool] = []
     for i, prompt in enumerate(prompts):
-        of_select = texts and many and field == "text" and params[i].max_new_tokens == 0
+        params = wishes[i].sampling
+        of_select = texts and many and field == "text" and params.max_new_tokens == 0
         ask = Ask(
             prompt=prompt,
-            sampling=params[i].model_copy(update={"n": 1}),
+            sampling=params.model_copy(update={"n": 1}),
             field=f"{field}.{i}" if many else field,
-            label=labels[i],
-            score_start=_score_start(starts[i], params[i], of_select) if wanted[i] else None,
+            label=names[i],
+            score_start=_score_start(starts[i], params, of_select) if wanted[i] else None,
             output_logprobs=wanted[i],
-            namespace=namespaces[i],
+            top_logprobs=tops[i] if wanted[i] else 0,
+            logprob_ids=ids[i] if wanted[i] else (),
+            trace=wishes[i].trace,
+            namespace=spaces[i],
             priority=priorities[i],
         )
-        copies = _copies(ask, params[i].n)
-        asks.extend(copies)
-        logprobs.extend([wanted[i]] * len(copies))
+        asks.extend(copies(ask, params.n))
     if len(asks) > max_prompts:
         raise InvalidRequest("sampling_params.n", f"{len(asks)} prompts times n", f"at most {max_prompts} in one call")
-    return GenerateCall(tuple(asks), many or len(asks) > 1, _flag(body, "stream"), tuple(logprobs), texts)
+    return GenerateCall(tuple(asks), many or len(asks) > 1, stream, texts, flag(body, "return_prompt_token_ids"))
 
 
 def _score_start(start: int | None, params: SamplingParams, of_select: bool) -> int | None:
@@ -101,7 +102,7 @@ def _score_start(start: int | None, params: SamplingParams, of_select: bool) -> 
     return start + 1 if of_select and start > 0 else start
 
 
-def _copies(ask: Ask, n: int) -> list[Ask]:
+def copies(ask: Ask, n: int) -> list[Ask]:
     """The n samples of one prompt; with a seed, each gets its own, or all would be equal."""
     seed = ask.sampling.sampling_seed
     if n == 1 or seed is None:
@@ -131,31 +132,14 @@ def _prompts(body: dict[str, Any]) -> tuple[str, list[str | tuple[int, ...]], bo
     raise InvalidRequest("input_ids", ids, "a list of integers or a non-empty list of such lists")
 
 
-def _sampling(body: dict[str, Any], count: int) -> list[SamplingParams]:
+def _wishes(body: dict[str, Any], count: int) -> list[Wishes]:
     given = body.get("sampling_params")
-    shared = body.get("custom_params")
-    if shared is not None and not isinstance(shared, dict):
-        raise InvalidRequest("custom_params", shared, "an object")
+    shared = mapping(body, "custom_params")
     if isinstance(given, list):
         if len(given) != count:
             raise InvalidRequest("sampling_params", f"{len(given)} objects", f"one, or one for each of {count} prompts")
-        return [_one_sampling(item, shared, f"sampling_params.{i}") for i, item in enumerate(given)]
-    return [_one_sampling(given, shared, "sampling_params")] * count
-
-
-def _one_sampling(given: Any, shared: dict[str, Any] | None, where: str) -> SamplingParams:
-    """custom_params may also stand beside sampling_params, where some routers leave it; the inner one wins."""
-    if given is None:
-        given = {}
-    if not isinstance(given, dict):
-        raise InvalidRequest(where, given, "an object")
-    known = {name: value for name, value in given.items() if name in KNOWN_PARAMS}
-    custom = known.get("custom_params")
-    if custom is not None and not isinstance(custom, dict):
-        raise InvalidRequest(f"{where}.custom_params", custom, "an object")
-    if shared or custom:
-        known["custom_params"] = {**(shared or {}), **(custom or {})}
-    return SamplingParams.parse(known, where)
+        return [parse_wishes(item, shared, f"sampling_params.{i}") for i, item in enumerate(given)]
+    return [parse_wishes(given, shared)] * count
 
 
 def _starts(body: dict[str, Any], count: int) -> list[int | None]:
@@ -171,45 +155,27 @@ def _starts(body: dict[str, Any], count: int) -> list[int | None]:
     return values
 
 
-def _labels(body: dict[str, Any], count: int) -> list[str | None]:
-    rid = body.get("rid")
-    if isinstance(rid, str) and count > 1:
-        return [f"{rid}_{i}" for i in range(count)]
-    values = rid if isinstance(rid, list) else [rid] * count
-    if len(values) != count or not all(v is None or (isinstance(v, str) and len(v) <= 256) for v in values):
-        raise InvalidRequest("rid", rid, f"a string, or one for each of {count} prompts, of at most 256 characters")
-    return values
+def _tops(body: dict[str, Any], count: int) -> list[int]:
+    tops = per_prompt(body, "top_logprobs_num", count, int, 0)
+    for top in tops:
+        if not 0 <= top <= MAX_ALTERNATIVES:
+            raise InvalidRequest("top_logprobs_num", top, f"0 to {MAX_ALTERNATIVES}")
+    return tops
 
 
-def _namespaces(body: dict[str, Any], count: int) -> list[str]:
-    """`extra_key` and `cache_salt` both separate prefix caches; requests share one only if both agree."""
-    keys = _per_prompt(body, "extra_key", count, str, "")
-    salts = _per_prompt(body, "cache_salt", count, str, "")
-    return [f"{len(key)}:{key}{salt}" if key or salt else "" for key, salt in zip(keys, salts, strict=True)]
+def _id_lists(body: dict[str, Any], count: int) -> list[tuple[int, ...]]:
+    """`token_ids_logprob`: ids for all prompts, or a list (or null) for each."""
+    name = "token_ids_logprob"
+    value = None if body.get(name) == [None] else body.get(name)
+    each = isinstance(value, list) and any(isinstance(row, list) for row in value)
+    rows = value if each and isinstance(value, list) else [value] * count
+    if len(rows) != count or not all(row is None or _are_ids(row) for row in rows):
+        allowed = f"at most {MAX_ALTERNATIVES} token ids, or such a list for each of {count} prompts"
+        raise InvalidRequest(name, value, allowed)
+    return [tuple(row or ()) for row in rows]
 
 
-def _per_prompt(body: dict[str, Any], name: str, count: int, kind: type, default: Any) -> list[Any]:
-    value = body.get(name)
-    values = value if isinstance(value, list) else [value] * count
-    values = [default if v is None else v for v in values]
-    if values and len(values) == 1:
-        values = values * count
-    if len(values) != count or not all(type(v) is kind for v in values):
-        words = {bool: "a boolean", int: "an integer", str: "a string"}[kind]
-        raise InvalidRequest(name, value, f"{words}, or one for each of {count} prompts")
-    return values
-
-
-def _flag(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is None:
-        return False
-    if type(value) is not bool:
-        raise InvalidRequest(name, value, "true or false")
-    return value
-
-
-def _asks_for_nothing(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_asks_for_nothing(item) for item in value)
-    return value is None or value is False or value in (0, "", {})
+def _are_ids(row: Any) -> bool:
+    return (
+        isinstance(row, list) and len(row) <= MAX_ALTERNATIVES and all(type(i) is int and 0 <= i < 2**31 for i in row)
+    )

@@ -16,6 +16,7 @@ from losa_server.http.body import read_object, unless_disconnected
 from losa_server.http.generate_request import GenerateCall, parse_generate
 from losa_server.http.native_answer import native_answer
 from losa_server.http.replies import DONE, EventStream, error_body, event, json_reply
+from losa_server.http.trace import TraceView
 from losa_server.request_manager import Generation, RequestManager
 from losa_server.visit import Visit
 
@@ -43,7 +44,7 @@ async def generate(request: Request) -> Response:
     if call.stream:
         return await _stream(request, manager, call)
     generations = await unless_disconnected(request, manager.generate(call.asks, visit_of(request)))
-    answers = [_answer(manager, call, index, generation) for index, generation in enumerate(generations)]
+    answers = [_answer(manager, call, generation) for generation in generations]
     return json_reply(answers if call.as_list else answers[0])
 
 
@@ -61,12 +62,19 @@ async def _stream(request: Request, manager: RequestManager, call: GenerateCall)
         close()
         raise
     index_of = {generation.rid: index for index, generation in enumerate(generations)}
+    views = {generation.rid: TraceView(manager.tokenizer) for generation in generations if generation.ask.trace}
+
+    def show(generation: Generation) -> bytes:
+        answer = _answer(manager, call, generation)
+        if generation.rid in views:
+            answer["trace"] = views[generation.rid].take(generation.answer)
+        return event({**answer, "index": index_of[generation.rid]} if call.as_list else answer)
 
     async def events() -> AsyncIterator[bytes]:
         try:
-            yield _event(manager, call, index_of[first.rid], first)
+            yield show(first)
             async for generation in news:
-                yield _event(manager, call, index_of[generation.rid], generation)
+                yield show(generation)
         except LosaError as error:
             yield event(error_body(as_failure(error)))
         yield DONE
@@ -78,13 +86,8 @@ async def _next(news: AsyncIterator[Generation]) -> Generation:
     return await anext(news)
 
 
-def _event(manager: RequestManager, call: GenerateCall, index: int, generation: Generation) -> bytes:
-    answer = _answer(manager, call, index, generation)
-    return event({**answer, "index": index} if call.as_list else answer)
-
-
-def _answer(manager: RequestManager, call: GenerateCall, index: int, generation: Generation) -> dict[str, Any]:
-    return native_answer(generation, manager.tokenizer, call.return_logprob[index], call.texts_in_logprobs)
+def _answer(manager: RequestManager, call: GenerateCall, generation: Generation) -> dict[str, Any]:
+    return native_answer(generation, manager.tokenizer, call.texts_in_logprobs, call.prompt_ids)
 
 
 @router.get("/flush_cache")

@@ -5,28 +5,52 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from losa_runtime.core.request import FinishReason
+from losa_runtime.core.request import Alternatives, FinishReason
 from losa_server.request_manager import Generation, TokenizerFace
 
 WEIGHT_VERSION = "default"
 
 
+Entry = list[Any]  # [logprob, token_id, text or null]
+
+
 def native_answer(
-    generation: Generation, tokenizer: TokenizerFace, with_logprobs: bool, with_texts: bool
+    generation: Generation, tokenizer: TokenizerFace, with_texts: bool, with_prompt_ids: bool
 ) -> dict[str, Any]:
     """`{"text", "output_ids", "meta_info"}`. Log-probability entries are `[logprob, token_id, text or null]`."""
     answer = generation.answer
-    meta = _meta_info(generation)
-    if with_logprobs:
-        start = generation.ask.score_start or 0
-        scored = generation.prompt_ids[start : start + len(answer.prompt_logprobs)]
-        meta["input_token_logprobs"] = _entries(answer.prompt_logprobs, scored, tokenizer, with_texts)
-        meta["output_token_logprobs"] = _entries(answer.output_logprobs, answer.token_ids, tokenizer, with_texts)
-        meta["output_token_logprobs_length"] = len(answer.output_logprobs)
-    return {"text": answer.text, "output_ids": answer.token_ids, "meta_info": meta}
+    meta = meta_info(generation)
+    if generation.ask.output_logprobs:
+        meta |= _logprobs(generation, tokenizer, with_texts)
+    reply = {"text": answer.text, "output_ids": answer.token_ids, "meta_info": meta}
+    return {**reply, "prompt_token_ids": list(generation.prompt_ids)} if with_prompt_ids else reply
 
 
-def _meta_info(generation: Generation) -> dict[str, Any]:
+def _logprobs(generation: Generation, tokenizer: TokenizerFace, with_texts: bool) -> dict[str, Any]:
+    ask, answer = generation.ask, generation.answer
+
+    def entries(values: Sequence[float], ids: Sequence[int]) -> list[Entry]:
+        pairs = zip(values, ids, strict=False)
+        return [[value, token, tokenizer.token_text(token) if with_texts else None] for value, token in pairs]
+
+    start = ask.score_start or 0
+    scored = generation.prompt_ids[start : start + len(answer.prompt_logprobs)]
+    meta: dict[str, Any] = {
+        "input_token_logprobs": entries(answer.prompt_logprobs, scored),
+        "output_token_logprobs": entries(answer.output_logprobs, answer.token_ids),
+        "output_token_logprobs_length": len(answer.output_logprobs),
+    }
+    sides: dict[str, list[Alternatives]] = {"input": answer.prompt_alternatives, "output": answer.output_alternatives}
+    for side, others in sides.items():
+        if ask.top_logprobs:
+            meta[f"{side}_top_logprobs"] = [entries(o.top_logprobs, o.top_ids) for o in others]
+        if ask.logprob_ids:
+            meta[f"{side}_token_ids_logprobs"] = [entries(o.asked, ask.logprob_ids) for o in others]
+    return meta
+
+
+def meta_info(generation: Generation) -> dict[str, Any]:
+    """What a request has cost so far, and how it ended."""
     answer = generation.answer
     stats = answer.stats
     meta: dict[str, Any] = {
@@ -61,12 +85,3 @@ def _meta_info(generation: Generation) -> dict[str, Any]:
 def finish_reason(finish: FinishReason) -> dict[str, Any]:
     """SGLang's finish reason: only the fields that apply."""
     return finish.model_dump(exclude_none=True)
-
-
-def _entries(
-    values: Sequence[float], ids: Sequence[int], tokenizer: TokenizerFace, with_texts: bool
-) -> list[list[Any]]:
-    return [
-        [value, token_id, tokenizer.token_text(token_id) if with_texts else None]
-        for value, token_id in zip(values, ids, strict=False)
-    ]

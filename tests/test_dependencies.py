@@ -24,6 +24,7 @@ IMPORT_NAMES = {
     "pytest-timeout": "pytest_timeout",
     "huggingface-hub": "huggingface_hub",
     "prometheus-client": "prometheus_client",
+    "outlines-core": "outlines_core",
     "pyyaml": "yaml",
     "types-pyyaml": None,
     "opentelemetry-sdk": "opentelemetry.sdk",

@@ -149,7 +149,7 @@ extern "C" int losa_block(LosaRun* run, const LosaQuery* query, const float* k, 
                           int32_t kv_heads, int32_t head_dim, const float* prefix_out, const float* prefix_lse,
                           float* out, float* lse) {
   return guarded(run, [&](const Level& level) {
-    check_pool({1, kv_heads, 1, head_dim, LOSA_F32, nullptr, nullptr, nullptr});
+    check_pool({1, kv_heads, 1, head_dim, LOSA_F32, nullptr, nullptr, nullptr, nullptr});
     check_query(*query, kv_heads);
     if (block_length < 1 || query->total % block_length || query->rows || query->count != query->total)
       throw Refusal("rows: found %lld, allowed: whole blocks of %lld", (long long)query->count,

@@ -287,11 +287,34 @@ void bounds(const void* keys, int dtype, int dim, int count, void* top, void* bo
   }
 }
 
+// In two rounds, as the mean square less the square of the mean would cancel.
+void moments(const void* keys, int dtype, int dim, int count, float* mean, float* spread, float* buffer) {
+  const int stride = stride_of(dim);
+  const V each = splat((float)count);
+  float *middle = buffer, *wide = buffer + stride, *row = buffer + 2 * stride;
+  for (int d = 0; d < 2 * stride; d += W) store(middle + d, splat(0.0f));
+  for (int i = 0; i < count; ++i) {
+    widen_row(keys, (int64_t)i * dim, dtype, dim, stride, row);
+    for (int d = 0; d < stride; d += W) store(middle + d, load(middle + d) + load(row + d));
+  }
+  for (int d = 0; d < stride; d += W) store(middle + d, load(middle + d) / each);
+  for (int i = 0; i < count; ++i) {
+    widen_row(keys, (int64_t)i * dim, dtype, dim, stride, row);
+    for (int d = 0; d < stride; d += W) {
+      const V off = load(row + d) - load(middle + d);
+      store(wide + d, load(wide + d) + off * off);
+    }
+  }
+  for (int d = 0; d < stride; d += W) store(wide + d, load(wide + d) / each);
+  __builtin_memcpy(mean, middle, (unsigned long)dim * sizeof(float));
+  __builtin_memcpy(spread, wide, (unsigned long)dim * sizeof(float));
+}
+
 }  // namespace
 
 namespace losa {
 
-extern const Level LOSA_LEVEL_TABLE = {attend,    add,      finish, bounds_scores, mass,
-                                       mark_best, distance, copy,   bounds,        merge};
+extern const Level LOSA_LEVEL_TABLE = {attend,   add,  finish, bounds_scores, mass, mark_best,
+                                       distance, copy, bounds, moments,       merge};
 
 }  // namespace losa

@@ -77,6 +77,8 @@ struct Level {
   void (*copy)(const void* from, int from_dtype, void* to, int to_dtype, int dim);
   // Channel-wise maximum and minimum of `count` >= 1 consecutive vectors; buffer holds 3 * stride floats.
   void (*bounds)(const void* keys, int dtype, int dim, int count, void* top, void* bottom, float* buffer);
+  // Channel-wise mean and mean squared deviation of `count` >= 1 consecutive vectors; buffer holds 3 * stride floats.
+  void (*moments)(const void* keys, int dtype, int dim, int count, float* mean, float* spread, float* buffer);
   // out = a and b merged, one vector each.
   void (*merge)(const float* a, float lse_a, const float* b, float lse_b, float* out, int dim);
 };

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define LOSA_ABI 4
+#define LOSA_ABI 5
 #define LOSA_API __attribute__((visibility("default")))
 
 enum LosaDType { LOSA_F32 = 0, LOSA_BF16 = 1, LOSA_F16 = 2 };
@@ -26,11 +26,13 @@ typedef struct {
   char error[240];  // out: why a call was refused
 } LosaRun;
 
-// One layer's pages: k, v [P, G, page_size, D], bounds [P, G, 2, D] (maximum, then minimum; may be null).
+// One layer's pages: k, v [P, G, page_size, D], bounds [P, G, 2, D] (maximum, then minimum), moments [P, G, 2, D]
+// (mean, then mean squared deviation, float32 beside keys of any dtype). Bounds and moments may be null.
 typedef struct {
   int64_t pages;
   int32_t kv_heads, page_size, head_dim, dtype;
   void *k, *v, *bounds;
+  float* moments;
 } LosaPool;
 
 // Segments and their page tables: table[table_indptr[s] ...] are the pages of segment s in order.
@@ -115,7 +117,8 @@ LOSA_API int losa_changed_rows(LosaRun*, const void* now, void* before, int32_t 
                                const uint8_t* fresh, const int64_t* keep, const float* share, int32_t keep_stable,
                                uint8_t* active, int64_t* rows, int64_t* count);
 
-// Write k, v [count, G, D] of `dtype` at page * page_size + offset and renew the bounds of the touched pages.
+// Write k, v [count, G, D] of `dtype` at page * page_size + offset and renew the bounds and moments of the touched
+// pages.
 LOSA_API int losa_store(LosaRun*, const LosaPool*, const void* k, const void* v, int32_t dtype,
                         const int64_t* locations, int64_t count);
 

@@ -1,4 +1,4 @@
-// Writing K/V into pages, and the bounds of the keys of every page that was touched.
+// Writing K/V into pages, and the bounds and moments of the keys of every page that was touched.
 #include <algorithm>
 
 #include "driver.h"
@@ -57,7 +57,7 @@ extern "C" int losa_store(LosaRun* run, const LosaPool* pool, const void* k, con
         level.copy(static_cast<const char*>(v) + from, dtype, static_cast<char*>(pool->v) + to, pool->dtype, dim);
       }
     });
-    if (!pool->bounds) return;
+    if (!pool->bounds && !pool->moments) return;
     const std::vector<Touched> touched = touched_pages(locations, count, size);
     const int64_t each = 3 * static_cast<int64_t>(stride_of(dim));
     const int64_t tasks = static_cast<int64_t>(touched.size());
@@ -65,9 +65,16 @@ extern "C" int losa_store(LosaRun* run, const LosaPool* pool, const void* k, con
     in_parallel(tasks < 4 ? 1 : run->threads, tasks, [&](int64_t t, int thread) {
       for (int64_t g = 0; g < heads; ++g) {
         const int64_t tile = touched[t].page * heads + g;
-        char* bound = static_cast<char*>(pool->bounds) + 2 * tile * bytes;
-        level.bounds(static_cast<const char*>(pool->k) + tile * size * bytes, pool->dtype, dim, touched[t].filled,
-                     bound, bound + bytes, buffers.get() + thread * each);
+        const char* keys = static_cast<const char*>(pool->k) + tile * size * bytes;
+        float* buffer = buffers.get() + thread * each;
+        if (pool->bounds) {
+          char* bound = static_cast<char*>(pool->bounds) + 2 * tile * bytes;
+          level.bounds(keys, pool->dtype, dim, touched[t].filled, bound, bound + bytes, buffer);
+        }
+        if (pool->moments) {
+          float* moment = pool->moments + 2 * tile * dim;
+          level.moments(keys, pool->dtype, dim, touched[t].filled, moment, moment + dim, buffer);
+        }
       }
     });
   });

@@ -163,9 +163,9 @@ class NativeBackend(AttentionBackend):
         return mass.prefix_mass(self._kernels, *where, *rows, self.scale, granule, over_rows)
 
     def _pages(self, layer: int) -> Pages:
-        kept = Summary.KEY_BOUNDS in self.pool.summaries
-        bounds = self.pool.summary(layer, Summary.KEY_BOUNDS) if kept else None
-        return Pages(self.pool.k(layer), self.pool.v(layer), bounds)
+        kinds = (Summary.KEY_BOUNDS, Summary.KEY_MOMENTS)
+        kept = (self.pool.summary(layer, kind) if kind in self.pool.summaries else None for kind in kinds)
+        return Pages(self.pool.k(layer), self.pool.v(layer), *kept)
 
     def _tables(self, group: RowGroup) -> Segments:
         found = self._segments.get(group)

@@ -26,6 +26,7 @@ from losa_runtime.attention.backend import (
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.batch import Segment
 
+SUMMARISE = {Summary.KEY_BOUNDS: paging.key_bounds, Summary.KEY_MOMENTS: paging.key_moments}
 PREFILL_TILE = 256  # query rows that share one mask; bounds the mask's memory at long prefixes; one block if same_bits
 
 
@@ -40,9 +41,11 @@ class TorchBackend(AttentionBackend):
         keys = self.pool.k(layer)
         paging.store_rows(keys, k_TGD, locations_T)
         paging.store_rows(self.pool.v(layer), v_TGD, locations_T)
-        if Summary.KEY_BOUNDS in self.pool.summaries:
+        if self.pool.summaries:
             pages, filled = paging.touched_pages(locations_T, self.pool.page_size)
-            self.pool.summary(layer, Summary.KEY_BOUNDS)[pages] = paging.key_bounds(keys[pages], filled)
+            touched = keys[pages]
+            for kind in self.pool.summaries:
+                self.pool.summary(layer, kind)[pages] = SUMMARISE[kind](touched, filled)
 
     def prefill(self, layer: int, q_RHD: Tensor, group: RowGroup) -> Tensor:
         out_RHD = torch.empty_like(q_RHD)

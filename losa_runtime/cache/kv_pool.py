@@ -13,18 +13,34 @@ from torch import Tensor
 
 from losa_runtime.cache import host_memory
 
+SUMMARY_VECTORS = 2  # D-vectors of a summary per page and KV head
+
 
 class Summary(Enum):
-    """What is kept per page and KV head beside the keys. The value is the number of D-vectors it takes."""
+    """What can be kept per page and KV head beside the keys, SUMMARY_VECTORS vectors each.
 
-    KEY_BOUNDS = 2  # channel-wise maximum, then minimum, of the stored keys
+    Bounds have the dtype of the keys: the bounds of stored keys are stored keys. Moments are float32 beside keys of any
+    dtype. Where a channel's keys lie far from zero and close together, a mean in 16 bits is wrong by more than they
+    differ, and with it the variance of every group of pages; in float32 the pages tell a method what their keys would.
+    """
+
+    KEY_BOUNDS = "key_bounds"  # channel-wise maximum, then minimum, of the stored keys
+    KEY_MOMENTS = "key_moments"  # channel-wise mean, then mean squared deviation from it
+
+    def dtype(self, keys: torch.dtype) -> torch.dtype:
+        """Of the summary's numbers, beside keys of that dtype."""
+        return torch.float32 if self is Summary.KEY_MOMENTS else keys
+
+    def bytes(self, head_dim: int, keys: torch.dtype) -> int:
+        """Per page and KV head."""
+        return SUMMARY_VECTORS * head_dim * self.dtype(keys).itemsize
 
 
 class KVPool:
     """Storage for `num_pages` pages, allocated at once and zeroed, so that nothing undefined is ever read.
 
     K/V are [P, G, page_size, D] in `dtype`: a view [P * G, 1, page_size, D] makes page lists per KV head ordinary
-    page lists. Summaries have the dtype of the keys, because the bounds of stored keys are stored keys.
+    page lists.
     """
 
     def __init__(
@@ -43,12 +59,10 @@ class KVPool:
         self.num_kv_heads, self.page_size, self.head_dim = num_kv_heads, page_size, head_dim
         self.dtype, self.device, self.summaries = dtype, torch.device(device), summaries
         shape = (num_pages, num_kv_heads, page_size, head_dim)
-        self._k = [self._zeros(shape) for _ in range(num_layers)]
-        self._v = [self._zeros(shape) for _ in range(num_layers)]
-        self._summary = {
-            kind: [self._zeros((num_pages, num_kv_heads, kind.value, head_dim)) for _ in range(num_layers)]
-            for kind in summaries
-        }
+        self._k = [self._zeros(shape, dtype) for _ in range(num_layers)]
+        self._v = [self._zeros(shape, dtype) for _ in range(num_layers)]
+        shape = (num_pages, num_kv_heads, SUMMARY_VECTORS, head_dim)
+        self._summary = {kind: [self._zeros(shape, kind.dtype(dtype)) for _ in range(num_layers)] for kind in summaries}
 
     def k(self, layer: int) -> Tensor:
         """Keys of a layer, [P, G, page_size, D]."""
@@ -59,18 +73,13 @@ class KVPool:
         return self._v[layer]
 
     def summary(self, layer: int, kind: Summary) -> Tensor:
-        """A declared summary of a layer, [P, G, kind.value, D]. Meaningful only for pages that hold stored keys."""
+        """A declared summary of a layer, [P, G, 2, D]. Meaningful only for pages that hold stored keys."""
         return self._summary[kind][layer]
 
-    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.device.type == "cpu":
-            return host_memory.zeros(shape, self.dtype)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    @property
-    def summary_vectors(self) -> int:
-        """D-vectors of summary per page and KV head."""
-        return sum(kind.value for kind in self.summaries)
+            return host_memory.zeros(shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     @staticmethod
     def bytes_per_page(
@@ -82,8 +91,8 @@ class KVPool:
         summaries: frozenset[Summary] = frozenset(),
     ) -> int:
         """Bytes that one page takes over all layers: K, V and the summaries."""
-        vectors = 2 * page_size + sum(kind.value for kind in summaries)
-        return num_layers * num_kv_heads * vectors * head_dim * dtype.itemsize
+        rows = 2 * page_size * head_dim * dtype.itemsize
+        return num_layers * num_kv_heads * (rows + sum(kind.bytes(head_dim, dtype) for kind in summaries))
 
     @staticmethod
     def bytes_per_token(

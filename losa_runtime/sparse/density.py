@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from losa_runtime.attention.backend import KVIndices, PrefixPlan, RowGroup
-from losa_runtime.cache.kv_pool import KVPool
+from losa_runtime.cache.kv_pool import SUMMARY_VECTORS, KVPool
 from losa_runtime.core.batch import Segment
 
 
@@ -69,8 +69,8 @@ class PrefixMeter:
         segments = len(group.segments)
         self._bypassed = (False,) * segments if whole is None else whole
         self._layers = 0
-        self._scored = [0] * segments  # layers in which the page summaries were read
-        self._vectors = [0] * segments  # D-vectors per KV head that were read to choose, beside the summaries
+        self._scored = [0] * segments  # layers in which the page bounds were read
+        self._vectors = [0] * segments  # D-vectors per KV head that were read to choose, beside the bounds
         self._host_rows = 0  # layers in which all rows were computed
         self._counts_3S: Tensor | None = None
         self._rows_SB: Tensor | None = None
@@ -185,7 +185,7 @@ class PrefixMeter:
         vectors = pool.num_kv_heads * pool.head_dim * pool.dtype.itemsize  # bytes of one vector per KV head
         everything = segment.prefix_len * self._layers
         pages = -(-segment.prefix_len // pool.page_size)
-        summaries = self._scored[index] * pages * pool.summary_vectors
+        summaries = self._scored[index] * pages * SUMMARY_VECTORS
         return SegmentReport(
             segment,
             kv_density,

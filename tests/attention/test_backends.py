@@ -49,8 +49,8 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mak
     cls = backend_class("native" if request.param == "native" else "torch")
 
     def build(dtype: torch.dtype = torch.float32, pages: int = 40, same_bits: bool = False) -> AttentionBackend:
-        pool = KVPool(1, pages, G, PAGE, D, dtype, CPU, frozenset({Summary.KEY_BOUNDS}))
-        for tensor in (pool.k(0), pool.v(0), pool.summary(0, Summary.KEY_BOUNDS)):
+        pool = KVPool(1, pages, G, PAGE, D, dtype, CPU, frozenset(Summary))
+        for tensor in (pool.k(0), pool.v(0), *(pool.summary(0, kind) for kind in Summary)):
             tensor.fill_(torch.nan)
         return cls(pool, H, same_bits=same_bits)
 
@@ -258,6 +258,12 @@ def bounds_of(backend: AttentionBackend, page: int) -> tuple[Tensor, Tensor]:
     return both[:, 0], both[:, 1]
 
 
+def check_moments(backend: AttentionBackend, page: int, keys: Tensor) -> None:
+    """The page's mean and variance are those of these keys."""
+    want = torch.stack((keys.float().mean(0), keys.float().var(0, correction=0)), 1)
+    torch.testing.assert_close(backend.pool.summary(0, Summary.KEY_MOMENTS)[page], want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_summary_of_a_page_filled_by_two_blocks(make: Make, dtype: torch.dtype) -> None:
     backend, pages = make(dtype), torch.tensor([5])
@@ -265,7 +271,9 @@ def test_summary_of_a_page_filled_by_two_blocks(make: Make, dtype: torch.dtype) 
     kept = k.to(dtype)
     store(backend, pages, k[:4], k[:4])
     assert torch.equal(bounds_of(backend, 5)[0], kept[:4].amax(0))
+    check_moments(backend, 5, kept[:4])
     store(backend, pages, k[4:], k[4:], start=4)
+    check_moments(backend, 5, kept)
     assert torch.equal(bounds_of(backend, 5)[0], kept.amax(0))
     assert torch.equal(bounds_of(backend, 5)[1], kept.amin(0))
 
@@ -276,6 +284,7 @@ def test_reused_page_shows_nothing_of_its_earlier_owner(make: Make) -> None:
     k, v, q = torch.randn(4, G, D), torch.randn(4, G, D), torch.randn(B, H, D)
     store(backend, pages, k, v)
     assert torch.equal(bounds_of(backend, 5)[0], k.amax(0)) and torch.equal(bounds_of(backend, 5)[1], k.amin(0))
+    check_moments(backend, 5, k)
     group = RowGroup.of([block_segment(0, 4, pages)], B, CPU)
     listed = KVIndices.from_mask(torch.ones(1, G, 1, dtype=torch.bool), (False,))
     want, _ = ref.attend(ref.fold_heads(q, G), k.transpose(0, 1), v.transpose(0, 1), SCALE)

@@ -13,24 +13,39 @@ from losa_runtime.cache.kv_pool import KVPool, Summary
 
 
 def test_shapes_and_separate_layers() -> None:
-    pool = KVPool(2, 5, 3, 4, 8, torch.bfloat16, "cpu", frozenset({Summary.KEY_BOUNDS}))
+    pool = KVPool(2, 5, 3, 4, 8, torch.bfloat16, "cpu", frozenset(Summary))
     assert pool.k(1).shape == pool.v(0).shape == (5, 3, 4, 8) and pool.k(0).dtype == torch.bfloat16
-    assert pool.summary(0, Summary.KEY_BOUNDS).shape == (5, 3, 2, 8)
+    for kind, dtype in ((Summary.KEY_BOUNDS, torch.bfloat16), (Summary.KEY_MOMENTS, torch.float32)):
+        assert pool.summary(0, kind).shape == (5, 3, 2, 8) and pool.summary(0, kind).dtype == dtype
+        pool.summary(1, kind).fill_(2.0)
+        assert not pool.summary(0, kind).any()
     pool.k(0).fill_(1.0)
     assert not pool.k(1).any() and not pool.v(0).any()
 
 
-def test_bytes_are_those_that_are_allocated() -> None:
-    sizes = (3, 2, 4, 8, torch.float16, frozenset({Summary.KEY_BOUNDS}))
-    pool = KVPool(3, 7, 2, 4, 8, torch.float16, "cpu", frozenset({Summary.KEY_BOUNDS}))
-    held = [t for i in range(3) for t in (pool.k(i), pool.v(i), pool.summary(i, Summary.KEY_BOUNDS))]
+@pytest.mark.parametrize("kinds", [(), (Summary.KEY_BOUNDS,), (Summary.KEY_MOMENTS,), tuple(Summary)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bytes_are_those_that_are_allocated(dtype: torch.dtype, kinds: tuple[Summary, ...]) -> None:
+    sizes = (3, 2, 4, 8, dtype, frozenset(kinds))
+    pool = KVPool(3, 7, 2, 4, 8, dtype, "cpu", frozenset(kinds))
+    held = [t for i in range(3) for t in (pool.k(i), pool.v(i), *(pool.summary(i, kind) for kind in kinds))]
     assert KVPool.bytes_per_page(*sizes) * 7 == sum(t.nbytes for t in held)
-    assert KVPool.bytes_per_token(*sizes) * 4 == KVPool.bytes_per_page(*sizes)
+    assert KVPool.bytes_per_token(*sizes) == -(-KVPool.bytes_per_page(*sizes) // 4)
 
 
-def test_page_bounds_add_one_sixteenth_at_sixteen_tokens() -> None:
-    with_bounds = KVPool.bytes_per_page(1, 8, 16, 128, torch.bfloat16, frozenset({Summary.KEY_BOUNDS}))
-    assert with_bounds / KVPool.bytes_per_page(1, 8, 16, 128, torch.bfloat16) == 1 + 1 / 16
+@pytest.mark.parametrize(
+    ("kind", "dtype", "share"),
+    [
+        (Summary.KEY_BOUNDS, torch.bfloat16, 1 / 16),
+        (Summary.KEY_BOUNDS, torch.float32, 1 / 16),
+        (Summary.KEY_MOMENTS, torch.bfloat16, 1 / 8),
+        (Summary.KEY_MOMENTS, torch.float32, 1 / 16),
+    ],
+)
+def test_what_a_summary_adds_at_sixteen_tokens(kind: Summary, dtype: torch.dtype, share: float) -> None:
+    assert KVPool.bytes_per_page(1, 8, 16, 128, dtype, frozenset({kind})) == (
+        KVPool.bytes_per_page(1, 8, 16, 128, dtype) * (1 + share)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

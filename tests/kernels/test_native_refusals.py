@@ -74,6 +74,8 @@ CASES: dict[str, tuple[Callable[[World], object], str]] = {
     "pages of double": (lambda w: Pages(w.pages.k.double(), w.pages.v), "k: found torch.float64"),
     "v unlike k": (lambda w: Pages(w.pages.k, w.pages.v[1:]), "v: found shape"),
     "bounds unlike k": (lambda w: Pages(w.pages.k, w.pages.v, w.pages.k), "bounds: found shape"),
+    "moments unlike k": (lambda w: Pages(w.pages.k, w.pages.v, None, w.pages.k), "moments: found shape"),
+    "halved moments": (lambda w: Pages(w.pages.k, w.pages.v, None, w.pages.bounds.half()), "moments: found torch.f"),
     "huge head dim": (lambda w: Pages(*torch.zeros(2, 1, 1, 1, 513)), "head dim 513"),
     "indptr unlike its table": (lambda w: Segments(ints(0, 3), ints(1, 2), ints(5), 4), "table_indptr"),
     "no bounds to score": (lambda w: select(without_bounds(w), ints(1, 1)), "no page bounds"),

@@ -8,6 +8,7 @@ from losa_kernels.reference.paging import (
     gather_pages,
     gather_rows,
     key_bounds,
+    key_moments,
     position_rows,
     store_rows,
     touched_pages,
@@ -41,3 +42,21 @@ def test_bounds_cover_exactly_the_filled_part() -> None:
     assert torch.equal(bounds[0, :, 0], keys[0, :, :2].amax(1))
     assert torch.equal(bounds[0, :, 1], keys[0, :, :2].amin(1))
     assert torch.equal(bounds[1, :, 0], keys[1, :, 0]) and torch.equal(bounds[1, :, 1], keys[1, :, 0])
+
+
+def test_moments_are_those_of_the_filled_part() -> None:
+    keys = torch.randn(2, 3, 4, 5, dtype=torch.bfloat16)
+    keys[0, :, 3:] = torch.nan  # never written
+    keys[1, :, 1:] = 99.0  # an earlier user's
+    moments, exact = key_moments(keys, torch.tensor([3, 1])), keys[0, :, :3].double()
+    assert moments.dtype == torch.float32 and moments.shape == (2, 3, 2, 5)
+    torch.testing.assert_close(moments[0, :, 0].double(), exact.mean(1), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(moments[0, :, 1].double(), exact.var(1, correction=0), rtol=1e-6, atol=1e-7)
+    assert torch.equal(moments[1, :, 0], keys[1, :, 0].float()) and not moments[1, :, 1].any()
+
+
+def test_moments_of_keys_far_from_zero_do_not_cancel() -> None:
+    keys = 1000.0 + torch.randn(1, 1, 16, 8).round(decimals=2)
+    [mean, spread] = key_moments(keys, torch.tensor([16]))[0, 0]
+    torch.testing.assert_close(mean.double(), keys[0, 0].double().mean(0), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(spread.double(), keys[0, 0].double().var(0, correction=0), rtol=1e-4, atol=0.0)

@@ -29,20 +29,25 @@ def check(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dt
 
 
 class Pages:
-    """One layer of a page pool: k, v [P, G, page_size, D], bounds [P, G, 2, D] or None. Lives as long as they do."""
+    """One layer of a page pool: k, v [P, G, page_size, D]; bounds, moments [P, G, 2, D] or None. Lives as long as they.
 
-    def __init__(self, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> None:
+    Bounds have the dtype of k, maximum first; moments are float32, mean first, then mean squared deviation.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, bounds: Tensor | None = None, moments: Tensor | None = None) -> None:
         check("k", k, (None, None, None, None), *DTYPES)
         pages, kv_heads, page_size, dim = k.shape
         check("v", v, tuple(k.shape), k.dtype)
         if bounds is not None:
             check("bounds", bounds, (pages, kv_heads, 2, dim), k.dtype)
+        if moments is not None:
+            check("moments", moments, (pages, kv_heads, 2, dim), torch.float32)
         if not 0 < dim <= MAX_HEAD_DIM:
             raise ValueError(f"k: found head dim {dim}, allowed: 1 to {MAX_HEAD_DIM}")
-        self.k, self.v, self.bounds = k, v, bounds
+        self.k, self.v, self.bounds, self.moments = k, v, bounds, moments
         self.kv_heads, self.page_size, self.head_dim = kv_heads, page_size, dim
-        at_bounds = None if bounds is None else bounds.data_ptr()
-        self.c = CPool(pages, kv_heads, page_size, dim, DTYPES[k.dtype], k.data_ptr(), v.data_ptr(), at_bounds)
+        at = (None if x is None else x.data_ptr() for x in (k, v, bounds, moments))
+        self.c = CPool(pages, kv_heads, page_size, dim, DTYPES[k.dtype], *at)
 
 
 class Segments:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-ABI = 4
+ABI = 5
 LEVELS = ("portable", "avx2", "avx512")
 SHARES = {"max": 0, "mean": 1, "none": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -44,6 +44,7 @@ class CPool(ctypes.Structure):
         ("k", c_void_p),
         ("v", c_void_p),
         ("bounds", c_void_p),
+        ("moments", c_void_p),
     )
 
 

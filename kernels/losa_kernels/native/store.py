@@ -1,4 +1,4 @@
-"""Storing K/V rows into pages together with the bounds of the touched pages."""
+"""Storing K/V rows into pages together with the bounds and moments of the touched pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from losa_kernels.native.library import DTYPES, Kernels
 def store(kernels: Kernels, pages: Pages, k_TGD: Tensor, v_TGD: Tensor, locations_T: Tensor) -> None:
     """Write k, v [T, G, D] at page * page_size + offset, int64 [T] and distinct; round to the pages' dtype.
 
-    The bounds of a touched page then cover its offsets up to the last one stored. Raises ValueError.
+    The bounds and moments of a touched page, where kept, then cover its offsets up to the last one stored. Raises
+    ValueError.
     """
     check("k", k_TGD, (None, pages.kv_heads, pages.head_dim), *DTYPES)
     check("v", v_TGD, tuple(k_TGD.shape), k_TGD.dtype)

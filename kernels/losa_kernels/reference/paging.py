@@ -60,3 +60,17 @@ def key_bounds(keys_UGSD: Tensor, filled_U: Tensor) -> Tensor:
     top = keys_UGSD.masked_fill(empty, -torch.inf).amax(2)
     bottom = keys_UGSD.masked_fill(empty, torch.inf).amin(2)
     return torch.stack((top, bottom), dim=2)
+
+
+def key_moments(keys_UGSD: Tensor, filled_U: Tensor) -> Tensor:
+    """Channel-wise mean and mean squared deviation over the filled part of each page: float32 [U, G, 2, D].
+
+    The deviations are taken from the mean, not the square of the mean from the mean square, which would cancel. Made of
+    the stored keys alone, so the same bits whether a page was filled at once or block by block. filled_U >= 1.
+    """
+    offset = torch.arange(keys_UGSD.shape[2], device=keys_UGSD.device)
+    empty = (offset >= filled_U[:, None])[:, None, :, None]
+    keys, count = keys_UGSD.float().masked_fill(empty, 0.0), filled_U[:, None, None, None]
+    mean = keys.sum(2, keepdim=True) / count
+    spread = (keys - mean).square().masked_fill(empty, 0.0).sum(2, keepdim=True) / count
+    return torch.cat((mean, spread), dim=2)

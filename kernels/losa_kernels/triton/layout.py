@@ -33,18 +33,22 @@ def check(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dt
 
 @dataclass(frozen=True, eq=False)
 class Pages:
-    """One layer of a page pool: k, v [P, G, page_size, D], bounds [P, G, 2, D] (maximum first) or None."""
+    """One layer of a page pool: k, v [P, G, page_size, D]; bounds [P, G, 2, D] in their dtype, maximum first, or None;
+    moments [P, G, 2, D] float32, mean first, then mean squared deviation, or None."""
 
     k: Tensor
     v: Tensor
     bounds: Tensor | None = None
+    moments: Tensor | None = None
 
     def __post_init__(self) -> None:
         check("k", self.k, (None, None, None, None), *FLOATS)
         check("v", self.v, tuple(self.k.shape), self.k.dtype)
+        pages, kv_heads, _, dim = self.k.shape
         if self.bounds is not None:
-            pages, kv_heads, _, dim = self.k.shape
             check("bounds", self.bounds, (pages, kv_heads, 2, dim), self.k.dtype)
+        if self.moments is not None:
+            check("moments", self.moments, (pages, kv_heads, 2, dim), torch.float32)
         if not 0 < self.head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"k: found head dim {self.head_dim}, allowed: 1 to {MAX_HEAD_DIM}")
 

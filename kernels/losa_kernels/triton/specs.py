@@ -59,10 +59,10 @@ def flags(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.bool, device="meta")
 
 
-def pages() -> Pages:
-    """A layer of the pool."""
-    shape = (POOL, KV_HEADS, PAGE, DIM)
-    return Pages(floats(*shape), floats(*shape), floats(POOL, KV_HEADS, 2, DIM))
+def pages(moments: bool = False) -> Pages:
+    """A layer of the pool, with bounds."""
+    shape, summary = (POOL, KV_HEADS, PAGE, DIM), (POOL, KV_HEADS, 2, DIM)
+    return Pages(floats(*shape), floats(*shape), floats(*summary), singles(*summary) if moments else None)
 
 
 def segments(length: int) -> Segments:
@@ -130,10 +130,10 @@ def _select(length: int) -> object:
     return unite.page_lists(found, bars, rows, where, PAGE, skipped, POOL, CONTEXT)
 
 
-def _store() -> None:
+def _store(moments: bool = False) -> None:
     rows = floats(64, KV_HEADS, DIM)
     filled = torch.empty(POOL, dtype=torch.int32, device="meta")
-    store.store_rows(pages(), rows, rows, integers(64), filled)
+    store.store_rows(pages(moments), rows, rows, integers(64), filled)
 
 
 def _merge() -> object:
@@ -181,6 +181,7 @@ SPECS: dict[str, Spec] = {
     "fill_entries": Spec("_entries_kernel", _entries, 96),
     "merge_entries": Spec("_merge_entries_kernel", _merge_entries, 64),
     "store_rows": Spec("_store_kernel", _store, 64),
-    "page_bounds": Spec("_bounds_kernel", _store, 64),
+    "page_bounds": Spec("_summary_kernel", _store, 64),
+    "page_bounds_and_moments": Spec("_summary_kernel", lambda: _store(moments=True), 64),
     "prefix_mass": Spec("_mass_kernel", _mass, 144, 50 * 1024),
 }

@@ -1,7 +1,7 @@
-"""Storing K/V rows into pages, and the bounds of the keys of the pages that a store touches.
+"""Storing K/V rows into pages, and the bounds and moments of the keys of the pages that a store touches.
 
-The first kernel notes how far each page is filled; of the rows of a page, the one stored furthest back then computes
-the bounds, so rows may come in any order. T rows, G KV heads, D head dim, P pages of the pool.
+The first kernel notes how far each page is filled; of the rows of a page, the one stored furthest back then summarises
+it, so rows may come in any order. T rows, G KV heads, D head dim, P pages of the pool.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from losa_kernels.triton.layout import FLOATS, Pages, check
 
 
 def store_rows(pages: Pages, k_TGD: Tensor, v_TGD: Tensor, locations_T: Tensor, filled_P: Tensor | None = None) -> None:
-    """Write rows at page * page_size + offset, rounding to the dtype of the pages; with bounds also those.
+    """Write rows at page * page_size + offset, rounding to the dtype of the pages; also the bounds and moments kept.
 
-    locations_T: int64, distinct. A bound covers the offsets up to the last one stored here. filled_P: int32 scratch,
-    all 0 before and afterwards, needed with bounds; stores that share it must not overlap in time. Raises ValueError.
+    locations_T: int64, distinct. A summary covers the offsets up to the last one stored here. filled_P: int32 scratch,
+    all 0 before and afterwards, needed with bounds or moments; stores that share it must not overlap in time. Raises
+    ValueError.
     """
     rows = check("locations", locations_T, (None,), torch.int64).shape[0]
     check("k", k_TGD, (rows, pages.kv_heads, pages.head_dim), *FLOATS)
     check("v", v_TGD, tuple(k_TGD.shape), k_TGD.dtype)
-    if pages.bounds is None:
+    if pages.bounds is None and pages.moments is None:
         filled_P = None
     elif filled_P is None:
-        raise ValueError("filled: found None, allowed: scratch, since the pages have bounds")
+        raise ValueError("filled: found None, allowed: scratch, since the pages have bounds or moments")
     else:
         check("filled", filled_P, (pages.k.shape[0],), torch.int32)
     launch(
@@ -47,11 +48,12 @@ def store_rows(pages: Pages, k_TGD: Tensor, v_TGD: Tensor, locations_T: Tensor, 
     )
     if filled_P is not None:
         launch(
-            _bounds_kernel,
+            _summary_kernel,
             (rows, 1, 1),
             locations=locations_T,
             k_cache=pages.k,
             bounds=pages.bounds,
+            moments=pages.moments,
             filled=filled_P,
             KV_HEADS=pages.kv_heads,
             DIM=pages.head_dim,
@@ -91,10 +93,11 @@ def _store_kernel(
 
 
 @triton.jit
-def _bounds_kernel(
+def _summary_kernel(
     locations: tl.tensor,
     k_cache: tl.tensor,
     bounds: tl.tensor,
+    moments: tl.tensor,
     filled: tl.tensor,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -110,15 +113,21 @@ def _bounds_kernel(
         return
     offset, d = tl.arange(0, OFFSETS), tl.arange(0, WIDTH)
     mask = (offset < count)[:, None] & (d < DIM)[None, :]
-    kind = bounds.dtype.element_ty
     for head in range(KV_HEADS):
         at = ((page * KV_HEADS + head) * PAGE + offset)[:, None] * DIM + d[None, :]
         keys = tl.load(k_cache + at, mask=mask, other=0.0).to(tl.float32)
-        top = tl.max(tl.where(mask, keys, float("-inf")), 0)
-        bottom = tl.min(tl.where(mask, keys, float("inf")), 0)
-        to_at = bounds + (page * KV_HEADS + head) * 2 * DIM + d
-        tl.store(to_at, top.to(kind), mask=d < DIM)
-        tl.store(to_at + DIM, bottom.to(kind), mask=d < DIM)
+        to_at = (page * KV_HEADS + head) * 2 * DIM + d
+        if bounds is not None:
+            kind = bounds.dtype.element_ty
+            top = tl.max(tl.where(mask, keys, float("-inf")), 0)
+            bottom = tl.min(tl.where(mask, keys, float("inf")), 0)
+            tl.store(bounds + to_at, top.to(kind), mask=d < DIM)
+            tl.store(bounds + to_at + DIM, bottom.to(kind), mask=d < DIM)
+        if moments is not None:
+            mean = tl.sum(keys, 0) / count
+            off = tl.where(mask, keys - mean[None, :], 0.0)
+            tl.store(moments + to_at, mean, mask=d < DIM)
+            tl.store(moments + to_at + DIM, tl.sum(off * off, 0) / count, mask=d < DIM)
     # Other rows of the page find their own count neither before nor after this. But every thread of this program must
     # have found its count before it is gone.
     tl.debug_barrier()

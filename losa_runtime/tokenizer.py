@@ -11,15 +11,13 @@ import codecs
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
+from losa_runtime.chat_template import ChatTemplate
 from losa_runtime.core.architectures import SUPPORTED
 from losa_runtime.core.errors import CheckpointError, InvalidRequest
 from losa_runtime.core.model_config import CONFIG_FILE, read_json
@@ -47,6 +45,8 @@ class Tokenizer:
     the folder holds no byte-level tokenizer.json.
     vocab_size: number of ids that stand for text, largest id + 1; ids above it only pad the model's embedding.
     eos_token_id: id of tokenizer_config.json's eos_token, if any.
+    chat_template: its source, if the checkpoint brings one; named_specials: what a template may call by name.
+    special_texts: spellings of the special tokens, which are not text when `encode` meets them; without the mask's.
     """
 
     def __init__(self, folder: str | Path, mask_token_id: int | None = None) -> None:
@@ -58,6 +58,7 @@ class Tokenizer:
         self.mask_token_id = _mask_id(folder) if mask_token_id is None else mask_token_id
         self._added = {int(t["id"]): str(t["content"]) for t in added}
         self._special = frozenset(int(t["id"]) for t in added if t.get("special"))
+        self.special_texts = tuple(self._added[i] for i in sorted(self._special) if i != self.mask_token_id)
         self._fast = _without_mask(path, data, self.mask_token_id, self._added)
         self._fast.no_truncation()
         self._fast.no_padding()
@@ -66,15 +67,10 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {i: text.encode() for i, text in self._added.items()}
 
         settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
-        self._named = _named_specials(settings)
-        self._template_source = _template_source(folder, settings)
+        self.named_specials = _named_specials(settings)
+        self.chat_template = _template_source(folder, settings)
         ids = {text: i for i, text in self._added.items()}
-        self.eos_token_id: int | None = ids.get(self._named.get("eos_token", ""))
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the checkpoint brings a chat template."""
-        return self._template_source is not None
+        self.eos_token_id: int | None = ids.get(self.named_specials.get("eos_token", ""))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; no token is put before or after it. Raises InvalidRequest for lone surrogates."""
@@ -104,40 +100,15 @@ class Tokenizer:
 
         Raises InvalidRequest when there is no template or the template cannot render these messages.
         """
-        if self._template_source is None:
+        if self.chat_template is None:
             raise InvalidRequest(
                 "messages", "a conversation", "plain text, because the checkpoint has no chat template"
             )
-        names = {**self._named, "add_generation_prompt": add_generation_prompt, **kwargs}
-        try:
-            return self._template.render(messages=messages, **names)
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            allowed = f"what the checkpoint's chat template can render ({error})"
-            raise InvalidRequest("messages", messages, allowed) from None
+        return self._template.render(messages, add_generation_prompt, **kwargs)
 
     @cached_property
-    def _template(self) -> Template:
-        # Templates come from strangers: the sandbox keeps them from attributes, and immutability from our objects.
-        sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        sandbox.filters["tojson"] = _to_json
-        sandbox.globals["raise_exception"] = _raise
-        sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        try:
-            return sandbox.from_string(self._template_source or "")
-        except TemplateError as error:
-            raise InvalidRequest(
-                "messages", "a conversation", f"plain text: the chat template is broken ({error})"
-            ) from None
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.chat_template or "", self.named_specials)
 
     def _piece(self, token_id: int) -> bytes:
         known = self._bytes.get(token_id)
@@ -233,11 +204,3 @@ def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)

@@ -1,11 +1,11 @@
-"""Launching a kernel, or noting what would be launched, so that exactly that can be compiled where there is no GPU.
+"""Launching a kernel, or handing the launch to somebody else: to be compiled where there is no GPU, or recorded.
 
 A kernel's parameters are `tl.tensor`: inside, a tensor is the address of its first element and an int a scalar.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,15 +13,21 @@ Grid: TypeAlias = tuple[int, int, int]
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel, its arguments by name (those of the compiler too), and how it is to be compiled."""
+    """One launch: the kernel, its arguments by name (those of the compiler too), how it is to be compiled, its grid."""
 
     kernel: Any
     arguments: dict[str, Any]
     warps: int
     stages: int
+    grid: Grid
+
+    def run(self) -> None:
+        """Run it once more; an empty grid runs nothing. Returns before the kernel has run."""
+        if min(self.grid) > 0:
+            self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
 
 
-_noted: list[Launch] | None = None
+_taker: Callable[[Launch], None] = Launch.run
 
 
 def launch(kernel: Any, grid: Grid, *, warps: int = 4, stages: int = 2, **arguments: Any) -> None:
@@ -29,21 +35,26 @@ def launch(kernel: Any, grid: Grid, *, warps: int = 4, stages: int = 2, **argume
 
     stages: depth of the pipeline of loads in the kernel's loops.
     """
-    if _noted is not None:
-        _noted.append(Launch(kernel, arguments, warps, stages))
-    elif min(grid) > 0:
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+    _taker(Launch(kernel, arguments, warps, stages, grid))
+
+
+@contextmanager
+def taken_launches(taker: Callable[[Launch], None]) -> Iterator[None]:
+    """Within, `taker` is handed every launch instead of its being run."""
+    global _taker
+    before, _taker = _taker, taker
+    try:
+        yield
+    finally:
+        _taker = before
 
 
 @contextmanager
 def noted_launches() -> Iterator[list[Launch]]:
     """Within, launches are noted in the list instead of run; tensors may then lie on the device `meta`."""
-    global _noted
-    before, _noted = _noted, []
-    try:
-        yield _noted
-    finally:
-        _noted = before
+    noted: list[Launch] = []
+    with taken_launches(noted.append):
+        yield noted
 
 
 def power_of_two(number: int) -> int:

@@ -1,0 +1,1 @@
+"""Tests of losa_runtime/runner."""

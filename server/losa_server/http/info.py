@@ -12,9 +12,9 @@ import losa_runtime
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_server.errors import EngineUnavailable, RequestFailed
 from losa_server.http.body import unless_disconnected
-from losa_server.http.native import manager_of, visit_of
 from losa_server.http.native_answer import WEIGHT_VERSION
 from losa_server.http.replies import json_reply
+from losa_server.http.streaming import manager_of, visit_of
 from losa_server.request_manager import Ask, RequestManager
 
 router = APIRouter()

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
-from losa_runtime.core.errors import InvalidRequest, LosaError
-from losa_server.errors import RequestFailed, as_failure
+from losa_runtime.core.errors import InvalidRequest
+from losa_server.errors import RequestFailed
 from losa_server.http.body import read_object, unless_disconnected
 from losa_server.http.generate_request import GenerateCall, parse_generate
 from losa_server.http.native_answer import native_answer
-from losa_server.http.replies import DONE, EventStream, error_body, event, json_reply
+from losa_server.http.replies import json_reply
+from losa_server.http.streaming import manager_of, stream_events, visit_of
 from losa_server.http.trace import TraceView
 from losa_server.request_manager import Generation, RequestManager
-from losa_server.visit import Visit
 
 router = APIRouter()
-
-
-def manager_of(request: Request) -> RequestManager:
-    """The request manager of the application."""
-    manager: RequestManager = request.app.state.manager
-    return manager
-
-
-def visit_of(request: Request) -> Visit:
-    """Who asks, as the outermost middleware has found."""
-    visit: Visit = request.scope["state"]["visit"]
-    return visit
 
 
 @router.post("/generate")
@@ -42,48 +30,27 @@ async def generate(request: Request) -> Response:
     manager = manager_of(request)
     call = parse_generate(await read_object(request), manager.settings.max_prompts)
     if call.stream:
-        return await _stream(request, manager, call)
+        return await stream_events(request, call.asks, lambda generations: _Events(manager, call, generations))
     generations = await unless_disconnected(request, manager.generate(call.asks, visit_of(request)))
     answers = [_answer(manager, call, generation) for generation in generations]
     return json_reply(answers if call.as_list else answers[0])
 
 
-async def _stream(request: Request, manager: RequestManager, call: GenerateCall) -> Response:
-    """Waits for the engine's first news before the headers are sent, so that a refusal is still a plain 400."""
-    generations = await unless_disconnected(request, manager.open_all(call.asks, visit_of(request)))
+class _Events:
+    """Each event is an answer like that of a plain call, as far as it has come; in a batch with its `index`."""
 
-    def close() -> None:
-        manager.close_all(generations)
+    def __init__(self, manager: RequestManager, call: GenerateCall, generations: Sequence[Generation]) -> None:
+        self._manager, self._call = manager, call
+        self._views = {g.rid: TraceView(manager.tokenizer) for g in generations if g.ask.trace}
 
-    news = manager.stream(generations)
-    try:
-        first = await unless_disconnected(request, _next(news))
-    except BaseException:
-        close()
-        raise
-    index_of = {generation.rid: index for index, generation in enumerate(generations)}
-    views = {generation.rid: TraceView(manager.tokenizer) for generation in generations if generation.ask.trace}
+    def news(self, index: int, generation: Generation) -> Iterator[dict[str, Any]]:
+        answer = _answer(self._manager, self._call, generation)
+        if generation.rid in self._views:
+            answer["trace"] = self._views[generation.rid].take(generation.answer)
+        yield {**answer, "index": index} if self._call.as_list else answer
 
-    def show(generation: Generation) -> bytes:
-        answer = _answer(manager, call, generation)
-        if generation.rid in views:
-            answer["trace"] = views[generation.rid].take(generation.answer)
-        return event({**answer, "index": index_of[generation.rid]} if call.as_list else answer)
-
-    async def events() -> AsyncIterator[bytes]:
-        try:
-            yield show(first)
-            async for generation in news:
-                yield show(generation)
-        except LosaError as error:
-            yield event(error_body(as_failure(error)))
-        yield DONE
-
-    return EventStream(events(), close)
-
-
-async def _next(news: AsyncIterator[Generation]) -> Generation:
-    return await anext(news)
+    def end(self) -> Iterator[dict[str, Any]]:
+        yield from ()
 
 
 def _answer(manager: RequestManager, call: GenerateCall, generation: Generation) -> dict[str, Any]:
@@ -137,6 +104,7 @@ async def profile() -> Response:
 
 
 @router.post("/tokenize")
+@router.post("/v1/tokenize")
 async def tokenize(request: Request) -> Response:
     """`{"prompt" or "text": text | [text]}` to `{"tokens", "count", "max_model_len"}`."""
     manager = manager_of(request)
@@ -159,6 +127,7 @@ async def tokenize(request: Request) -> Response:
 
 
 @router.post("/detokenize")
+@router.post("/v1/detokenize")
 async def detokenize(request: Request) -> Response:
     """`{"tokens": [id] | [[id]], "skip_special_tokens": true}` to `{"text"}`."""
     manager = manager_of(request)

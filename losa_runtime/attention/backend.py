@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from losa_kernels.reference import attention as ref
 from losa_kernels.reference import paging, selection
+from losa_kernels.triton.layout import Planned
 from losa_runtime.cache.kv_pool import KVPool
+from losa_runtime.cache.transfer import queued
 from losa_runtime.core.batch import Segment
 from losa_runtime.core.errors import ConfigError
 
@@ -33,11 +35,30 @@ BACKENDS: dict[str, str] = {
 AUTO = ("native", "torch")  # the first that can serve the model
 
 
+Rows: TypeAlias = Tensor | Planned
+"""Planned rows of a group: int64, sorted; or, where only the device knows how many they are, in room for more. A method
+hands on what a backend's `changed_rows` gave it, as it is."""
+
+
 class AttnState(NamedTuple):
     """Attention over some keys: out normalised, lse natural and float32. No keys: out 0, lse -inf."""
 
     out_RHD: Tensor
     lse_RH: Tensor
+
+
+class AttnParts(NamedTuple):
+    """Attention of planned rows, cut along the keys, until its backend settles it: float32 [C, n, H, D] and [C, n, H].
+
+    A part without keys has lse -inf and an undefined out. What lies behind the last row is undefined.
+    """
+
+    out_CnHD: Tensor
+    lse_CnH: Tensor
+    rows: Planned
+
+
+PrefixState: TypeAlias = AttnState | AttnParts  # what a backend answers; `settle` makes a state of either
 
 
 class RenewedStates(NamedTuple):
@@ -52,8 +73,8 @@ class RenewedStates(NamedTuple):
 
     kept: AttnState
     place_R: Tensor
-    rows: Tensor | None
-    fresh: AttnState
+    rows: Rows | None
+    fresh: PrefixState
     heads_nH: Tensor | None = None
 
 
@@ -70,6 +91,8 @@ class KVIndices(NamedTuple):
     sorted and unique. The lists are ordered by owner, then head. An owner is a segment of the group, or with `per_row`
     a row of the plan; heads is G (one list per KV head, shared by its query heads) or H.
     whole: per segment, True = read the whole prefix instead; its lists are empty.
+    most: bound on the granules of any list, where the host has one. Lists made on the device lie in room for more: then
+    `indices` is longer than the lists, and with `per_row` there are empty lists behind those of the last planned row.
     """
 
     indptr: Tensor
@@ -77,6 +100,7 @@ class KVIndices(NamedTuple):
     heads: int
     whole: tuple[bool, ...]
     per_row: bool = False
+    most: int | None = None
 
     def mask(self, owner: int, width: int) -> Tensor:
         """The lists of one owner as a bool mask [heads, width]."""
@@ -97,18 +121,24 @@ class KVIndices(NamedTuple):
 class PrefixPlan(NamedTuple):
     """The question a sparse method puts to a backend.
 
-    rows: int64, sorted rows of the group whose prefix attention is computed; None = all, empty = none.
+    rows: rows of the group whose prefix attention is computed; None = all, empty = none.
     kv: what they read; None = the whole prefix. granule: tokens per index of `kv`.
-    scored: per segment, True where choosing `kv` read the page summaries (None = nowhere). For the record only.
+    scored: per segment, True where choosing `kv` read the page summaries, if any of its rows is planned (None =
+    nowhere). For the record only.
     peaks: an output, float32 [planned rows, H, P]: where a row reads its whole prefix, the backend writes the row's
     largest scaled score q . k in each page; every other entry becomes -inf. None = not wanted.
     """
 
-    rows: Tensor | None = None
+    rows: Rows | None = None
     kv: KVIndices | None = None
     granule: int = 1
     scored: tuple[bool, ...] | None = None
     peaks: Tensor | None = None
+
+    @property
+    def known_rows(self) -> Tensor | None:
+        """The rows, for a backend that plans no others than those whose number the host knows."""
+        return known(self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +163,7 @@ class RowGroup:
             where = slice(segments[0].start, segments[-1].stop)
         else:
             spans = [torch.arange(segment.start, segment.stop) for segment in segments]
-            where = torch.cat(spans).to(device)
+            where = queued(torch.cat(spans), device)
         return cls(tuple(segments), where, counts, block_length)
 
     @property
@@ -166,8 +196,29 @@ class PageChoice(NamedTuple):
     per_row: bool = False
 
 
+class PerSegment(NamedTuple):
+    """A number per segment: int64 on the device, and on the host, which needs it for bounds."""
+
+    device_S: Tensor
+    host: tuple[int, ...]
+
+
+class ActiveRules(NamedTuple):
+    """Which rows of each segment are recomputed: by the rules of `reference.selection.active_rows`, or all.
+
+    count_S: int64; tau_S: float32. fresh: segments all of whose rows are. most: bound on the rows of each segment.
+    keep_stable: a row that is not recomputed keeps the query with which it is compared the next time.
+    """
+
+    count_S: Tensor
+    tau_S: Tensor
+    fresh: tuple[bool, ...]
+    most: tuple[int, ...]
+    keep_stable: bool = False
+
+
 class SelectedPages(NamedTuple):
-    """Pages to read, and per segment whether choosing them read the page summaries."""
+    """Pages to read, and `scored` as in PrefixPlan."""
 
     kv: KVIndices
     scored: tuple[bool, ...]
@@ -219,6 +270,9 @@ class AttentionBackend(ABC):
         """What else is worth a word in the log, such as the instruction set. May be empty."""
         return ""
 
+    def prepare(self, group: RowGroup) -> None:  # noqa: B027 - a backend may have nothing to prepare
+        """Called once for a group, before its first layer: the time to bring to the device what the host says of it."""
+
     @abstractmethod
     def store_kv(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, locations_T: Tensor) -> None:
         """Write the K/V of store rows and bring the declared summaries of the touched pages up to date.
@@ -235,7 +289,7 @@ class AttentionBackend(ABC):
         """
 
     @abstractmethod
-    def prefix(self, layer: int, q_RHD: Tensor, plan: PrefixPlan, group: RowGroup) -> AttnState:
+    def prefix(self, layer: int, q_RHD: Tensor, plan: PrefixPlan, group: RowGroup) -> PrefixState:
         """Attention of the planned rows to what the plan lists of their prefixes: float32, in the order of the rows."""
 
     @abstractmethod
@@ -255,16 +309,22 @@ class AttentionBackend(ABC):
         rows: int64, sorted rows of the group. P is the most granules of any scored segment; padding is -inf.
         """
 
-    def settle(self, prefix: AttnState | RenewedStates) -> AttnState:
-        """The prefix attention of all rows, float32; fresh states are remembered from here on."""
-        if isinstance(prefix, AttnState):
-            return prefix
-        return AttnState(*ref.renew_states(*prefix.kept, prefix.place_R, *prefix.fresh, prefix.rows, prefix.heads_nH))
+    def settle(self, prefix: PrefixState | RenewedStates) -> AttnState:
+        """Of what `prefix` answered: the state of each row of the plan. Of renewed states: the prefix attention of all
+        rows, float32; fresh states are remembered from here on.
+        """
+        if isinstance(prefix, RenewedStates):
+            fresh, rows = self.settle(prefix.fresh), known(prefix.rows)
+            return AttnState(*ref.renew_states(*prefix.kept, prefix.place_R, *fresh, rows, prefix.heads_nH))
+        assert isinstance(prefix, AttnState), "parts are for the backend that made them"
+        return prefix
 
     def block_merged(
-        self, prefix: AttnState | RenewedStates, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup
+        self, prefix: PrefixState | RenewedStates, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup
     ) -> Tensor:
-        """In-block attention merged with that to the prefix, which is settled: out [R, H, D] float32."""
+        """In-block attention merged with that to the prefix, which is settled: out [R, H, D], float32 or in the dtype
+        of q.
+        """
         return self.merge(self.settle(prefix), self.block(q_RHD, k_RGD, v_RGD, group))
 
     def prefix_mass(
@@ -309,20 +369,22 @@ class AttentionBackend(ABC):
         self,
         layer: int,
         q_RHD: Tensor,
-        rows: Tensor | None,
+        rows: Rows | None,
         whole: tuple[bool, ...],
-        best_S: Tensor,
+        best: PerSegment,
         group: RowGroup,
         choice: PageChoice = PageChoice(),  # noqa: B008 - immutable
         heads_nH: Tensor | None = None,
     ) -> SelectedPages:
-        """The best_S[s] pages with the best bounds of each of the n rows (None: all), in the lists that `choice` says.
+        """The best[s] pages with the best bounds of each of the n rows (None: all), in the lists that `choice` says.
 
         heads_nH: bool, the query heads of each row that take part (None: all); a list without any stays empty.
         Segments in `whole` are not scored. Ties go to the lowest page.
         """
         kv_heads, segments = self.pool.num_kv_heads, len(whole)
-        planned_n = torch.arange(q_RHD.shape[0], device=q_RHD.device) if rows is None else rows
+        planned_n = known(rows)
+        if planned_n is None:
+            planned_n = torch.arange(q_RHD.shape[0], device=q_RHD.device)
         segment_n = planned_n // group.block_length
         scored_n = ~torch.tensor(whole, device=q_RHD.device)[segment_n]
         scored, segment_R = planned_n[scored_n], segment_n[scored_n]
@@ -334,7 +396,7 @@ class AttentionBackend(ABC):
         heads_RH = None if heads_nH is None else heads_nH[scored_n]
         scores_RHP = self.kv_scores(layer, q_RHD, scored, ScoreKind.BOUND, self.pool.page_size, group)
         scores_REP = selection.share_scores(scores_RHP, kv_heads, choice.share, heads_RH)
-        chosen_REP = selection.top_pages(scores_REP, best_S[segment_R])
+        chosen_REP = selection.top_pages(scores_REP, best.device_S[segment_R])
         if heads_RH is not None:
             chosen_REP &= selection.share_heads(heads_RH, kv_heads, choice.share)[..., None]
         if choice.per_row:
@@ -347,48 +409,37 @@ class AttentionBackend(ABC):
         return SelectedPages(kv, tuple(count > 0 for count in seen))
 
     def changed_rows(
-        self,
-        q_SBHD: Tensor,
-        before_XBHD: Tensor,
-        slots_S: Tensor,
-        fresh: tuple[bool, ...],
-        count_S: Tensor,
-        tau_S: Tensor,
-        keep_stable: bool = False,
-    ) -> Tensor:
-        """Rows to recompute, int64 sorted, by the rules of `active_rows`; every row of the segments in `fresh`.
-
-        before_XBHD[slots_S], earlier queries, is compared with and becomes q_SBHD; with keep_stable only where the row
-        is to be recomputed, so that the next change is measured from there.
+        self, q_SBHD: Tensor, before_XBHD: Tensor, slots_S: Tensor, rules: ActiveRules, group: RowGroup
+    ) -> Rows:
+        """Rows to recompute. before_XBHD[slots_S], earlier queries, is compared with and becomes q_SBHD; with
+        keep_stable only where the row is to be recomputed, so that the next change is measured from there.
         """
         now_SB1W, before_XB1W = q_SBHD.flatten(2).unsqueeze(2), before_XBHD.view(*before_XBHD.shape[:2], 1, -1)
-        active_R1 = self.changed_heads(now_SB1W, before_XB1W, slots_S, fresh, count_S, tau_S, keep_stable)
-        return active_R1.flatten().nonzero().flatten()
+        return self.changed_heads(now_SB1W, before_XB1W, slots_S, rules, group).flatten().nonzero().flatten()
 
     def changed_heads(
-        self,
-        q_SBHD: Tensor,
-        before_XBHD: Tensor,
-        slots_S: Tensor,
-        fresh: tuple[bool, ...],
-        count_S: Tensor,
-        tau_S: Tensor,
-        keep_stable: bool = False,
+        self, q_SBHD: Tensor, before_XBHD: Tensor, slots_S: Tensor, rules: ActiveRules, group: RowGroup
     ) -> Tensor:
         """`changed_rows` with the rules applied to each query head by itself: bool [R, H]."""
         segments, length, heads, _ = q_SBHD.shape
-        later_S = torch.tensor([i for i, first in enumerate(fresh) if not first], device=q_SBHD.device)
+        later_S = torch.tensor([i for i, first in enumerate(rules.fresh) if not first], device=q_SBHD.device)
         active_SBH = torch.ones(segments, length, heads, dtype=torch.bool, device=q_SBHD.device)
         if later_S.shape[0]:
             change_SBH = selection.query_change(q_SBHD[later_S], before_XBHD[slots_S[later_S]], per_head=True)
-            rules = (rule_S[later_S].repeat_interleave(heads) for rule_S in (count_S, tau_S))
-            active_YB = selection.active_rows(change_SBH.transpose(1, 2).reshape(-1, length), *rules)
+            shares = (rule_S[later_S].repeat_interleave(heads) for rule_S in (rules.count_S, rules.tau_S))
+            active_YB = selection.active_rows(change_SBH.transpose(1, 2).reshape(-1, length), *shares)
             active_SBH[later_S] = active_YB.view(-1, heads, length).transpose(1, 2)
-        if keep_stable:
+        if rules.keep_stable:
             before_XBHD[slots_S] = torch.where(active_SBH[..., None], q_SBHD, before_XBHD[slots_S])
         else:
             before_XBHD[slots_S] = q_SBHD
         return active_SBH.flatten(0, 1)
+
+
+def known(rows: Rows | None) -> Tensor | None:
+    """Rows whose number the host knows: those of a backend that plans no others, or that a method listed itself."""
+    assert not isinstance(rows, Planned), "rows that only the device can count are for the backend that planned them"
+    return rows
 
 
 def backend_class(name: str) -> type[AttentionBackend]:

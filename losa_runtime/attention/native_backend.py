@@ -19,16 +19,21 @@ from losa_kernels.native.attention import PEAK_CHUNK
 from losa_kernels.native.layout import Pages, Segments
 from losa_kernels.native.library import DTYPES, MAX_HEAD_DIM, Kernels, NativeUnavailable
 from losa_runtime.attention.backend import (
+    ActiveRules,
     AttentionBackend,
     AttnState,
     BackendConfig,
     KVIndices,
     PageChoice,
+    PerSegment,
     PrefixPlan,
+    PrefixState,
     RenewedStates,
     RowGroup,
+    Rows,
     ScoreKind,
     SelectedPages,
+    known,
 )
 from losa_runtime.cache.kv_pool import KVPool, Summary
 
@@ -80,7 +85,7 @@ class NativeBackend(AttentionBackend):
         lists = None if plan.kv is None else attention.Lists(*plan.kv[:4], plan.granule, plan.kv.per_row)
         where = (self._layers[layer], self._tables(group))
         q = _floats(q_RHD)
-        found = attention.prefix(self._kernels, *where, q, self.scale, plan.rows, lists, plan.peaks)
+        found = attention.prefix(self._kernels, *where, q, self.scale, plan.known_rows, lists, plan.peaks)
         return AttnState(*found)
 
     def block(self, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup) -> AttnState:
@@ -91,7 +96,7 @@ class NativeBackend(AttentionBackend):
         return attention.merge(self._kernels, a, b)
 
     def block_merged(
-        self, prefix: AttnState | RenewedStates, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup
+        self, prefix: PrefixState | RenewedStates, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup
     ) -> Tensor:
         rows = (_floats(q_RHD), _floats(k_RGD), _floats(v_RGD))
         return attention.block(self._kernels, *rows, group.block_length, self.scale, self.settle(prefix))[0]
@@ -109,45 +114,28 @@ class NativeBackend(AttentionBackend):
         self,
         layer: int,
         q_RHD: Tensor,
-        rows: Tensor | None,
+        rows: Rows | None,
         whole: tuple[bool, ...],
-        best_S: Tensor,
+        best: PerSegment,
         group: RowGroup,
         choice: PageChoice = PageChoice(),  # noqa: B008 - immutable
         heads_nH: Tensor | None = None,
     ) -> SelectedPages:
         where, q = (self._layers[layer], self._tables(group)), _floats(q_RHD)
+        rows, best_S = known(rows), best.device_S
         chosen = selection.select_pages(self._kernels, *where, q, rows, whole, best_S, *choice, heads_nH=heads_nH)
         kv = KVIndices(chosen.indptr, chosen.indices, chosen.heads, whole, choice.per_row)
         return SelectedPages(kv, tuple(count > 0 for count in chosen.seen))
 
     def changed_rows(
-        self,
-        q_SBHD: Tensor,
-        before_XBHD: Tensor,
-        slots_S: Tensor,
-        fresh: tuple[bool, ...],
-        count_S: Tensor,
-        tau_S: Tensor,
-        keep_stable: bool = False,
+        self, q_SBHD: Tensor, before_XBHD: Tensor, slots_S: Tensor, rules: ActiveRules, group: RowGroup
     ) -> Tensor:
-        now_RHD = q_SBHD.flatten(0, 1).contiguous()
-        rules = (slots_S, fresh, count_S, tau_S, keep_stable)
-        return selection.changed_rows(self._kernels, now_RHD, before_XBHD, *rules).rows
+        return self._changed(q_SBHD, before_XBHD, slots_S, rules, per_head=False).rows
 
     def changed_heads(
-        self,
-        q_SBHD: Tensor,
-        before_XBHD: Tensor,
-        slots_S: Tensor,
-        fresh: tuple[bool, ...],
-        count_S: Tensor,
-        tau_S: Tensor,
-        keep_stable: bool = False,
+        self, q_SBHD: Tensor, before_XBHD: Tensor, slots_S: Tensor, rules: ActiveRules, group: RowGroup
     ) -> Tensor:
-        now_RHD = q_SBHD.flatten(0, 1).contiguous()
-        rules = (slots_S, fresh, count_S, tau_S, keep_stable)
-        return selection.changed_rows(self._kernels, now_RHD, before_XBHD, *rules, per_head=True).parts
+        return self._changed(q_SBHD, before_XBHD, slots_S, rules, per_head=True).parts
 
     def prefix_mass(
         self,
@@ -161,6 +149,13 @@ class NativeBackend(AttentionBackend):
         rows = (_floats(q_RHD), lse_RH.contiguous())
         where = (self._layers[layer], self._tables(group))
         return mass.prefix_mass(self._kernels, *where, *rows, self.scale, granule, over_rows)
+
+    def _changed(
+        self, q_SBHD: Tensor, before_XBHD: Tensor, slots_S: Tensor, rules: ActiveRules, per_head: bool
+    ) -> selection.Changed:
+        now_RHD = q_SBHD.flatten(0, 1).contiguous()
+        asked = (slots_S, rules.fresh, rules.count_S, rules.tau_S, rules.keep_stable)
+        return selection.changed_rows(self._kernels, now_RHD, before_XBHD, *asked, per_head=per_head)
 
     def _pages(self, layer: int) -> Pages:
         kinds = (Summary.KEY_BOUNDS, Summary.KEY_MOMENTS)

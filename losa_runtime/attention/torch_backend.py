@@ -59,7 +59,8 @@ class TorchBackend(AttentionBackend):
         return out_RHD
 
     def prefix(self, layer: int, q_RHD: Tensor, plan: PrefixPlan, group: RowGroup) -> AttnState:
-        q = q_RHD if plan.rows is None else q_RHD[plan.rows]
+        rows = plan.known_rows
+        q = q_RHD if rows is None else q_RHD[rows]
         out = AttnState(
             torch.zeros(q.shape, dtype=torch.float32, device=q.device),
             torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device),
@@ -192,9 +193,10 @@ def _tiles(prefix_len: int, count: int, block_length: int, most: int) -> list[tu
 
 def _planned_rows(plan: PrefixPlan, group: RowGroup) -> list[int]:
     """Planned rows per segment."""
-    if plan.rows is None:
+    rows = plan.known_rows
+    if rows is None:
         return list(group.counts)
-    counts: list[int] = torch.bincount(plan.rows // group.block_length, minlength=len(group.segments)).tolist()
+    counts: list[int] = torch.bincount(rows // group.block_length, minlength=len(group.segments)).tolist()
     return counts
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates, RowGroup
+from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState, RenewedStates, RowGroup
 from losa_runtime.core.batch import ForwardBatch, ForwardMode, Segment, SparseParams
 from losa_runtime.sparse.density import PrefixMeter, SegmentReport
 from losa_runtime.sparse.method import SparseMethod
@@ -47,6 +47,9 @@ class SparseAttend:
                 key = None if sparse is None else (sparse.method, sparse.options)
                 by_method.setdefault(key, []).append(segment)
         self._parties = [self._party(some, methods) for some in by_method.values()]
+        for group in (self._stores, *(party.group for party in self._parties)):
+            if group is not None:
+                backend.prepare(group)
 
     def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         out_THD = torch.empty_like(q_THD)
@@ -70,14 +73,14 @@ class SparseAttend:
         assert all(count == group.block_length for count in group.counts), "a block segment is one block"
         sparse = _sparse(segments[0])
         if sparse is None:
-            return _Party(group, PrefixMeter(group))
+            return _Party(group, PrefixMeter(group, device))
         method = methods[sparse.method]
         step = DenoiseStep(group, device, method.budget if method.has_budget else None)
         return _Party(group, step.meter, (method, step))
 
     def _block_rows(self, layer: int, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, party: _Party) -> Tensor:
         backend, group = self._backend, party.group
-        prefix: AttnState | RenewedStates
+        prefix: PrefixState | RenewedStates
         if party.work is None:
             plan = PrefixPlan()
             prefix = backend.prefix(layer, q_RHD, plan, group)

@@ -1,4 +1,5 @@
-"""Counting what a forward read of its prefixes, per segment. Counts stay on the device until they are asked for.
+"""Counting what a forward read of its prefixes, per segment. Counts stay on the device until the forward is done: then
+they are fetched in one piece.
 
 S segments, B block length, G KV heads, H query heads.
 """
@@ -11,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import KVIndices, PrefixPlan, RowGroup
+from losa_kernels.triton.layout import Planned
+from losa_runtime.attention.backend import KVIndices, PrefixPlan, RowGroup, Rows
 from losa_runtime.cache.kv_pool import SUMMARY_VECTORS, KVPool
+from losa_runtime.cache.transfer import to_device
 from losa_runtime.core.batch import Segment
 
 
@@ -46,15 +49,16 @@ class SegmentReport(NamedTuple):
 class _Lists(NamedTuple):
     """What is kept of a layer's plan of one list per segment and KV head, until the layers are counted together.
 
-    last: last granule of each list (of an empty one, any); None where granules end with the prefix. The rest: as in
-    PrefixPlan and KVIndices.
+    last: last granule of each list (of an empty one, any); None where granules end with the prefix. scored: False
+    where None. The rest: as in PrefixPlan and KVIndices.
     """
 
-    rows: Tensor | None
+    rows: Rows | None
     indptr: Tensor
     last: Tensor | None
     granule: int
     whole: tuple[bool, ...]
+    scored: tuple[bool, ...]
 
 
 class PrefixMeter:
@@ -64,57 +68,44 @@ class PrefixMeter:
     as long as a good part of the attention itself.
     """
 
-    def __init__(self, group: RowGroup, whole: tuple[bool, ...] | None = None) -> None:
-        self._group = group
+    def __init__(self, group: RowGroup, device: torch.device, whole: tuple[bool, ...] | None = None) -> None:
+        self._group, self._device = group, device
         segments = len(group.segments)
         self._bypassed = (False,) * segments if whole is None else whole
         self._layers = 0
-        self._scored = [0] * segments  # layers in which the page bounds were read
         self._vectors = [0] * segments  # D-vectors per KV head that were read to choose, beside the bounds
-        self._host_rows = 0  # layers in which all rows were computed
-        self._counts_3S: Tensor | None = None
-        self._rows_SB: Tensor | None = None
+        self._host_dense = 0  # layers in which all rows were computed over the whole prefix
+        # Per segment: share read per KV head, per query head, layers that were dense, and in which bounds were read.
+        self._counts_4S = torch.zeros(4, segments, dtype=torch.float64, device=device)
+        self._rows_SB = torch.zeros(segments, group.block_length, dtype=torch.float64, device=device)
         self._extra_S: Tensor | None = None  # positions read per KV head beside the plans
         self._noted: list[_Lists] = []
-        self._prefix_S = torch.tensor(group.prefix_lens)
+        self._prefix_S = to_device(group.prefix_lens, torch.int64, device)
+        self._flags: dict[tuple[bool, ...], Tensor] = {}
 
     def add(self, plan: PrefixPlan, pool: KVPool) -> None:
         """Count the plan of one layer."""
         self._layers += 1
         group, segments = self._group, len(self._group.segments)
-        if plan.scored is not None:
-            self._scored = [n + mine for n, mine in zip(self._scored, plan.scored, strict=True)]
-        if self._counts_3S is None or self._rows_SB is None:
-            self._prefix_S = self._prefix_S.to(pool.device)
-            self._counts_3S = torch.zeros(3, segments, dtype=torch.float64, device=pool.device)
-            self._rows_SB = torch.zeros(segments, group.block_length, dtype=torch.float64, device=pool.device)
         if plan.rows is None and (plan.kv is None or all(plan.kv.whole)):
-            self._counts_3S += 1.0
-            self._host_rows += 1
+            self._host_dense += 1
             return
+        scored = (False,) * segments if plan.scored is None else plan.scored
         if plan.kv is not None and not plan.kv.per_row and plan.kv.heads == pool.num_kv_heads:
-            self._noted.append(_note(plan.rows, plan.kv, plan.granule, group.prefix_lens))
+            self._noted.append(_note(plan, plan.kv, scored, group.prefix_lens))
             return
-        if plan.rows is None:
-            rows_S = torch.full_like(self._prefix_S, group.block_length)
-            self._host_rows += 1
-        else:
-            rows_SB = torch.bincount(plan.rows, minlength=segments * group.block_length).view(segments, -1)
-            self._rows_SB += rows_SB
-            rows_S = rows_SB.sum(1)
+        rows_SB = self._computed(plan.rows)
+        self._rows_SB += rows_SB
+        rows_S = rows_SB.sum(1)
         share_kv, share_q = self._shares(plan, rows_S, pool.num_kv_heads)
-        whole_S = torch.tensor((True,) * segments if plan.kv is None else plan.kv.whole, device=rows_S.device)
+        whole_S = self._on_device((True,) * segments if plan.kv is None else plan.kv.whole)
         dense_S = whole_S & (rows_S == group.block_length)
-        self._counts_3S += torch.stack((share_kv, share_q, dense_S.double()))
+        scored_S = self._on_device(scored) & (rows_S > 0)
+        self._counts_4S += torch.stack((share_kv, share_q, dense_S.double(), scored_S.double()))
 
     def also(self, plan: PrefixPlan, pool: KVPool) -> None:
         """Count K/V that a method read beside its plan of this layer: bytes, but neither rows nor density."""
-        segments = len(self._group.segments)
-        rows_S = torch.full((segments,), self._group.block_length, device=pool.device)
-        self._prefix_S = self._prefix_S.to(pool.device)
-        if plan.rows is not None:
-            rows_S = torch.bincount(plan.rows // self._group.block_length, minlength=segments)
-        read_S = self._shares(plan, rows_S, pool.num_kv_heads)[0] * self._prefix_S
+        read_S = self._shares(plan, self._computed(plan.rows).sum(1), pool.num_kv_heads)[0] * self._prefix_S
         self._extra_S = read_S if self._extra_S is None else self._extra_S + read_S
 
     def keys(self, index: Sequence[int]) -> None:
@@ -128,70 +119,98 @@ class PrefixMeter:
 
     def report(self, pool: KVPool) -> list[SegmentReport]:
         """One entry per segment of the group, in its order."""
-        assert self._counts_3S is not None and self._rows_SB is not None, "no layer was counted"
+        assert self._layers, "no layer was counted"
         self._count_noted(pool.num_kv_heads)
-        shares = (self._counts_3S / self._layers).T.tolist()
-        rows = ((self._rows_SB + self._host_rows) / self._layers).tolist()
-        extra = [0.0] * len(shares) if self._extra_S is None else self._extra_S.tolist()
-        return [self._one(i, tuple(shares[i]), tuple(rows[i]), extra[i], pool) for i in range(len(shares))]
+        extra_S = torch.zeros_like(self._counts_4S[0]) if self._extra_S is None else self._extra_S
+        found = torch.cat((self._counts_4S.T, extra_S[:, None], self._rows_SB), dim=1).tolist()
+        return [self._one(index, row[:4], row[4], row[5:], pool) for index, row in enumerate(found)]
+
+    def _computed(self, rows: Rows | None) -> Tensor:
+        """1 for each row whose prefix attention was computed: int64 [S, B]."""
+        segments, length = len(self._group.segments), self._group.block_length
+        if rows is None:
+            return torch.ones(segments, length, dtype=torch.int64, device=self._device)
+        if isinstance(rows, Planned):
+            return (rows.order >= 0).long().view(segments, length)
+        computed = torch.zeros(segments * length, dtype=torch.int64, device=self._device)
+        return computed.index_fill_(0, rows, 1).view(segments, length)
+
+    def _on_device(self, flags: tuple[bool, ...]) -> Tensor:
+        """A flag per segment, brought there once."""
+        found = self._flags.get(flags)
+        if found is None:
+            found = self._flags[flags] = to_device(flags, torch.bool, self._device)
+        return found
 
     def _count_noted(self, kv_heads: int) -> None:
         """Count all noted layers: whole numbers of positions, so that no order of adding matters. L noted layers."""
         if not self._noted:
             return
-        assert self._counts_3S is not None and self._rows_SB is not None
         noted, self._noted = self._noted, []
-        device, length_S = self._counts_3S.device, self._prefix_S.clamp(min=1)
+        device, length_S = self._device, self._prefix_S.clamp(min=1)
         rows_LSB = self._noted_rows(noted)
         rows_LS = rows_LSB.sum(2)
         sizes_LSH = torch.stack([layer.indptr for layer in noted]).diff().view(len(noted), -1, kv_heads)
-        granule_L11 = torch.tensor([layer.granule for layer in noted], device=device)[:, None, None]
+        granule_L11 = self._numbers([layer.granule for layer in noted])[:, None, None]
         read_LSH = sizes_LSH * granule_L11
         if any(layer.last is not None for layer in noted):
             none = torch.full((sizes_LSH[0].numel(),), -1, device=device)
             last = torch.stack([none if layer.last is None else layer.last for layer in noted]).view(sizes_LSH.shape)
             beyond_LSH = ((last + 1) * granule_L11 - self._prefix_S[:, None]).clamp(min=0)
             read_LSH = read_LSH - beyond_LSH * (sizes_LSH > 0)
-        whole_LS = torch.tensor([layer.whole for layer in noted], device=device)
+        flags_L2S = to_device([(layer.whole, layer.scored) for layer in noted], torch.bool, device)
+        whole_LS, scored_LS = flags_L2S.unbind(1)
         read_LS = torch.where(whole_LS, kv_heads * length_S, read_LSH.sum(2)) * (rows_LS > 0)
         share_S = read_LS.sum(0).double() / (kv_heads * length_S)
         dense_S = (whole_LS & (rows_LS == self._group.block_length)).sum(0).double()
-        self._counts_3S += torch.stack((share_S, share_S, dense_S))
+        scored_S = (scored_LS & (rows_LS > 0)).sum(0).double()
+        self._counts_4S += torch.stack((share_S, share_S, dense_S, scored_S))
         self._rows_SB += rows_LSB.sum(0)
 
     def _noted_rows(self, noted: list[_Lists]) -> Tensor:
         """1 for each row whose prefix attention was computed in a noted layer: int64 [L, S, B]."""
         segments, length = len(self._group.segments), self._group.block_length
-        device = self._prefix_S.device
-        computed = torch.zeros(len(noted), segments * length, dtype=torch.int64, device=device)
-        every = [number for number, layer in enumerate(noted) if layer.rows is None]
-        some = [(number, layer.rows) for number, layer in enumerate(noted) if layer.rows is not None]
-        computed[torch.tensor(every, dtype=torch.int64, device=device)] = 1
-        if some:
-            counts = torch.tensor([rows.shape[0] for _, rows in some], device=device)
-            number = torch.tensor([number for number, _ in some], device=device).repeat_interleave(counts)
-            computed[number, torch.cat([rows for _, rows in some])] = 1
+        computed = torch.zeros(len(noted), segments * length, dtype=torch.int64, device=self._device)
+        rows = [layer.rows for layer in noted]
+        every = [number for number, mine in enumerate(rows) if mine is None]
+        listed = [(number, mine) for number, mine in enumerate(rows) if isinstance(mine, Tensor)]
+        chosen = [(number, mine) for number, mine in enumerate(rows) if isinstance(mine, Planned)]
+        if every:
+            computed[self._numbers(every)] = 1
+        if listed:
+            total, counts = sum(len(mine) for _, mine in listed), self._numbers([len(mine) for _, mine in listed])
+            number = self._numbers([number for number, _ in listed]).repeat_interleave(counts, output_size=total)
+            computed[number, torch.cat([mine for _, mine in listed])] = 1
+        if chosen:
+            places = torch.stack([mine.order for _, mine in chosen])
+            computed[self._numbers([number for number, _ in chosen])] = (places >= 0).long()
         return computed.view(len(noted), segments, length)
+
+    def _numbers(self, values: list[int]) -> Tensor:
+        return to_device(values, torch.int64, self._device)
 
     def _one(
         self,
         index: int,
-        shares: tuple[float, ...],
-        rows: tuple[float, ...],
+        counts: Sequence[float],
         extra: float,
+        rows: Sequence[float],
         pool: KVPool,
     ) -> SegmentReport:
-        segment, (kv_density, kv_density_q, dense) = self._group.segments[index], shares
+        """counts: a column of `_counts_4S`; extra: of `_extra_S`; rows: a line of `_rows_SB`."""
+        segment, layers = self._group.segments[index], self._layers
+        kv_density, kv_density_q = ((shared + self._host_dense) / layers for shared in counts[:2])
+        dense, scored = counts[2] + self._host_dense, counts[3]
         vectors = pool.num_kv_heads * pool.head_dim * pool.dtype.itemsize  # bytes of one vector per KV head
-        everything = segment.prefix_len * self._layers
+        everything = segment.prefix_len * layers
         pages = -(-segment.prefix_len // pool.page_size)
-        summaries = self._scored[index] * pages * SUMMARY_VECTORS
+        summaries = round(scored) * pages * SUMMARY_VECTORS
         return SegmentReport(
             segment,
             kv_density,
             kv_density_q,
-            rows,
-            dense=dense == 1.0,
+            tuple((count + self._host_dense) / layers for count in rows),
+            dense=dense == layers,
             bypassed=self._bypassed[index],
             kv_bytes=round((kv_density * everything + extra) * 2 * vectors),
             metadata_bytes=(summaries + self._vectors[index]) * vectors,
@@ -203,7 +222,7 @@ class PrefixMeter:
         if plan.kv is None or all(plan.kv.whole):
             share_S = (rows_S > 0).double()
             return share_S, share_S
-        whole_S = torch.tensor(plan.kv.whole, device=rows_S.device)
+        whole_S = self._on_device(plan.kv.whole)
         share_S = (whole_S & (rows_S > 0)).double()
         if not plan.kv.indices.shape[0]:
             return share_S, share_S
@@ -217,19 +236,23 @@ class PrefixMeter:
         """Share of the prefix in the lists, mean over `heads` (at most kv.heads) after a union inside each: [S]."""
         if not kv.per_row and heads == kv.heads:
             return self._listed_once(kv, plan.granule)
-        lists = kv.indptr.shape[0] - 1
-        entry = torch.repeat_interleave(torch.arange(lists, device=kv.indptr.device), kv.indptr.diff())
-        owner, head = entry // kv.heads, entry % kv.heads
+        segments, lists = len(self._group.segments), kv.indptr.shape[0] - 1
+        # Entries in the room behind the last list belong to a list of their own, and it to a segment that is dropped.
+        ends = torch.cat((kv.indptr[1:], kv.indptr.new_full((1,), kv.indices.shape[0])))
+        sizes = ends - kv.indptr
+        entry = torch.arange(lists + 1, device=ends.device).repeat_interleave(sizes, output_size=kv.indices.shape[0])
+        real, owner, head = entry < lists, entry // kv.heads, entry % kv.heads
         if kv.per_row:
-            rows = torch.arange(lists // kv.heads, device=owner.device) if plan.rows is None else plan.rows
-            owner = rows[owner] // self._group.block_length
+            rows = plan.rows.rows if isinstance(plan.rows, Planned) else plan.rows
+            owner = (owner if rows is None else rows[owner.clamp(max=len(rows) - 1)]) // self._group.block_length
         # Marking takes memory, but a fraction of the time of sorting the entries to find each only once.
         width = -(-max(self._group.prefix_lens) // plan.granule)
-        marked_SHn = torch.zeros(self._prefix_S.shape[0], heads, width, dtype=torch.bool, device=owner.device)
-        marked_SHn[owner, head * heads // kv.heads, kv.indices] = True
+        marked_SHn = torch.zeros(segments + 1, heads, width, dtype=torch.bool, device=self._device)
+        owner, granule = torch.where(real, owner, segments), torch.where(real, kv.indices, 0)
+        marked_SHn[owner, head * heads // kv.heads, granule] = True
         first_n = torch.arange(width, device=owner.device) * plan.granule
         size_Sn = (self._prefix_S[:, None] - first_n).clamp(min=0, max=plan.granule)
-        read_S = (marked_SHn.sum(1) * size_Sn).sum(1)
+        read_S = (marked_SHn[:-1].sum(1) * size_Sn).sum(1)
         return read_S.double() / (heads * self._prefix_S.clamp(min=1))
 
     def _listed_once(self, kv: KVIndices, granule: int) -> Tensor:
@@ -241,7 +264,8 @@ class PrefixMeter:
         return read_S.double() / (kv.heads * self._prefix_S.clamp(min=1))
 
 
-def _note(rows: Tensor | None, kv: KVIndices, granule: int, prefix_lens: Sequence[int]) -> _Lists:
-    if not kv.indices.shape[0] or all(n % granule == 0 for n in prefix_lens):
-        return _Lists(rows, kv.indptr, None, granule, kv.whole)
-    return _Lists(rows, kv.indptr, kv.indices[(kv.indptr[1:] - 1).clamp(min=0)], granule, kv.whole)
+def _note(plan: PrefixPlan, kv: KVIndices, scored: tuple[bool, ...], prefix_lens: Sequence[int]) -> _Lists:
+    last = None
+    if kv.indices.shape[0] and any(n % plan.granule for n in prefix_lens):
+        last = kv.indices[(kv.indptr[1:] - 1).clamp(min=0)]
+    return _Lists(plan.rows, kv.indptr, last, plan.granule, kv.whole, scored)

@@ -19,7 +19,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates
+from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState, RenewedStates
 from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import BlockMemory, Geometry
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
@@ -60,7 +60,7 @@ class FlashBlock(SparseMethod):
         layer: int,
         q_RHD: Tensor,
         plan: PrefixPlan,
-        got: AttnState,
+        got: PrefixState,
         step: DenoiseStep,
         backend: AttentionBackend,
     ) -> RenewedStates:

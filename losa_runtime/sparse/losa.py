@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates
+from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState, RenewedStates, Rows
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import BlockMemory, Geometry
@@ -84,10 +84,10 @@ class Losa(SparseMethod):
         layer: int,
         q_RHD: Tensor,
         plan: PrefixPlan,
-        got: AttnState,
+        got: PrefixState,
         step: DenoiseStep,
         backend: AttentionBackend,
-    ) -> AttnState | RenewedStates:
+    ) -> PrefixState | RenewedStates:
         options = step.options
         assert isinstance(options, LosaOptions)
         if layer < options.dense_layers:
@@ -102,7 +102,7 @@ class Losa(SparseMethod):
         options: LosaOptions,
         step: DenoiseStep,
         backend: AttentionBackend,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Rows | None, Tensor | None]:
         """Rows to compute (None: all) and which of their heads, bool [n, H] (None: all); notes the queries.
 
         fresh: segments all of whose rows are computed.
@@ -112,9 +112,10 @@ class Losa(SparseMethod):
         if all(fresh):
             before_XBHD[step.slots_S] = q_SBHD
             return None, None
-        rules = (fresh, step.active_count_S, step.active_tau_S, options.reference == "refresh")
+        rules = step.active_rules(fresh, keep_stable=options.reference == "refresh")
+        asked = (q_SBHD, before_XBHD, step.slots_S, rules, step.group)
         if options.granularity == "layer":
-            return backend.changed_rows(q_SBHD, before_XBHD, step.slots_S, *rules), None
-        heads_RH = backend.changed_heads(q_SBHD, before_XBHD, step.slots_S, *rules)
+            return backend.changed_rows(*asked), None
+        heads_RH = backend.changed_heads(*asked)
         rows = heads_RH.any(1).nonzero().flatten()
         return rows, heads_RH[rows]

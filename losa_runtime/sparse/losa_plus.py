@@ -35,7 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from losa_kernels.reference.attention import merge_states, remove_state
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates
+from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, PrefixState, RenewedStates
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists, RowQueries, RowStates
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
@@ -90,10 +90,11 @@ class LosaPlus(SparseMethod):
         layer: int,
         q_RHD: Tensor,
         plan: PrefixPlan,
-        got: AttnState,
+        got: PrefixState,
         step: DenoiseStep,
         backend: AttentionBackend,
     ) -> RenewedStates:
+        got = backend.settle(got)
         if plan.kv is not None and _options(step).remainder:
             got = self._with_remainder(layer, q_RHD, plan, got, step, backend.scale)
         part = step.part(_selecting(step))
@@ -150,8 +151,7 @@ class LosaPlus(SparseMethod):
         if not looking.shape[0]:
             return None
         searched_RHD[step.place_R[looking]] = q_RHD[looking]
-        best_S = step.budget_S // self.geometry.page_size
-        found = backend.select_pages(layer, q_RHD, looking, whole, best_S, step.group)
+        found = backend.select_pages(layer, q_RHD, looking, whole, step.best(self.geometry.page_size), step.group)
         for index in sorted(set((looking // self.geometry.block_length).tolist())):
             pages_GP = found.kv.mask(index, -(-step.group.prefix_lens[index] // self.geometry.page_size))
             per_page = self.geometry.page_size // self._granule(step)
@@ -163,12 +163,13 @@ class LosaPlus(SparseMethod):
         self, layer: int, q_RHD: Tensor, plan: PrefixPlan, got: AttnState, step: DenoiseStep, scale: float
     ) -> AttnState:
         """Merge what was read of the supports with the remainders; rows that read everything stay as they are."""
-        assert plan.rows is not None and plan.kv is not None
+        planned = plan.known_rows
+        assert planned is not None and plan.kv is not None
         sparse_S = ~step.tensor(plan.kv.whole, torch.bool)
-        mine = sparse_S[plan.rows // self.geometry.block_length].nonzero().flatten()
+        mine = sparse_S[planned // self.geometry.block_length].nonzero().flatten()
         if not mine.shape[0]:
             return got
-        rows = plan.rows[mine]
+        rows = planned[mine]
         place = step.place_R[rows]
         out, lse_at_zero = self._remainder.read(layer, place)
         mean_key_RHD = self._mean_key.of_layer(layer, q_RHD).flatten(0, 1)[place]
@@ -197,8 +198,9 @@ class LosaPlus(SparseMethod):
         backend: AttentionBackend,
     ) -> None:
         """Choose the supports of the opening blocks, all of whose rows are planned, and remember what lies outside."""
+        planned = plan.known_rows
         assert plan.peaks is not None
-        at = part.rows if plan.rows is None else torch.searchsorted(plan.rows, part.rows)
+        at = part.rows if planned is None else torch.searchsorted(planned, part.rows)
         q, peaks, lse = q_RHD[part.rows], plan.peaks[at], got.lse_RH[at]
         mean_keys = []
         for index, number in enumerate(part.segments):
@@ -209,7 +211,7 @@ class LosaPlus(SparseMethod):
         others = tuple(not mine for mine in _selecting(step))
         support = PrefixPlan(part.rows, self._support.lists(layer, step.slots, others), self._granule(step))
         step.meter.also(support, backend.pool)
-        over_support = backend.prefix(layer, q_RHD, support, step.group)
+        over_support = backend.settle(backend.prefix(layer, q_RHD, support, step.group))
         out, lse_rest = remove_state(got.out_RHD[at], lse, *over_support)
         mean_key_RHD, place = torch.cat(mean_keys), step.place_R[part.rows]
         kept_RHD = self._mean_key.of_layer(layer, q_RHD).flatten(0, 1)

@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from losa_kernels.reference.selection import share_scores, top_pages
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.errors import InvalidRequest
 from losa_runtime.core.sampling_params import MAX_COUNT
@@ -72,15 +72,16 @@ class Mage(SparseMethod):
         layer: int,
         q_RHD: Tensor,
         plan: PrefixPlan,
-        got: AttnState,
+        got: PrefixState,
         step: DenoiseStep,
         backend: AttentionBackend,
-    ) -> AttnState:
+    ) -> PrefixState:
         options = _options(step)
         choosing = step.part([first and not covered for first, covered in zip(step.opens, step.whole, strict=True)])
         if choosing is None or layer < options.dense_layers:
             return got
         step.meter.keys(choosing.segments)
+        got = backend.settle(got)
         q, lse = q_RHD[choosing.rows], got.lse_RH[choosing.rows]
         if options.layer_adaptive:
             self._vote(layer, q, lse, choosing, step, backend)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttnState, KVIndices, RenewedStates
+from losa_runtime.attention.backend import AttnState, KVIndices, PrefixState, RenewedStates, Rows
 from losa_runtime.sparse.step import DenoiseStep
 
 
@@ -110,7 +110,7 @@ class BlockMemory:
         assert not unknown, f"slots {unknown} are read in layer {layer} without an opening step"
 
     def renew(
-        self, layer: int, rows: Tensor | None, got: AttnState, step: DenoiseStep, heads_nH: Tensor | None = None
+        self, layer: int, rows: Rows | None, got: PrefixState, step: DenoiseStep, heads_nH: Tensor | None = None
     ) -> RenewedStates:
         """The states of all rows of the step's group, where `got` replaces those of `rows` (None: all) when the backend
         settles them. heads_nH: see RenewedStates."""
@@ -126,6 +126,14 @@ class BlockMemory:
         return RowStates.bytes(geometry) + RowQueries.bytes(geometry, itemsize)
 
 
+class _Held(NamedTuple):
+    """Lists of a layer and slot: sizes int64 [E], indices one after another, and the size of the longest."""
+
+    sizes: Tensor
+    indices: Tensor
+    most: int
+
+
 class HeldLists:
     """Granules that a block keeps reading, E lists (one per KV head or query head) per layer and slot.
 
@@ -133,16 +141,17 @@ class HeldLists:
     """
 
     def __init__(self) -> None:
-        self._lists: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._lists: dict[tuple[int, int], _Held] = {}
 
     def put(self, layer: int, slot: int, chosen_EN: Tensor, granules_EN: Tensor | None = None) -> None:
         """Hold the granules marked in a bool mask; granules_EN: their numbers, ascending (None: 0 .. N - 1)."""
         indices = chosen_EN.nonzero()[:, -1] if granules_EN is None else granules_EN[chosen_EN]
-        self._lists[layer, slot] = (chosen_EN.sum(-1), indices)
+        sizes = chosen_EN.sum(-1)
+        self._lists[layer, slot] = _Held(sizes, indices, int(sizes.max()))
 
     def extend(self, layer: int, slot: int, more_EN: Tensor) -> None:
         """Hold the granules marked in a bool mask, too."""
-        sizes, indices = self._get(layer, slot)
+        sizes, indices, _ = self._get(layer, slot)
         head = torch.repeat_interleave(torch.arange(sizes.shape[0], device=indices.device), sizes)
         held_EN = more_EN.clone()
         held_EN[head, indices] = True
@@ -152,19 +161,19 @@ class HeldLists:
         """The lists of these slots; empty for those in `whole`, which read everything."""
         held = [None if all_ else self._get(layer, slot) for slot, all_ in zip(slots, whole, strict=True)]
         like = next(entry for entry in held if entry is not None)
-        heads = like[0].shape[0]
-        nothing = (torch.zeros_like(like[0]), like[1][:0])
+        nothing = _Held(torch.zeros_like(like.sizes), like.indices[:0], 0)
         found = [nothing if entry is None else entry for entry in held]
-        ends = torch.cat([sizes for sizes, _ in found]).cumsum(0)
+        ends = torch.cat([entry.sizes for entry in found]).cumsum(0)
         indptr = torch.cat((ends.new_zeros(1), ends))
-        return KVIndices(indptr, torch.cat([indices for _, indices in found]), heads, whole)
+        indices, most = torch.cat([entry.indices for entry in found]), max(entry.most for entry in found)
+        return KVIndices(indptr, indices, like.sizes.shape[0], whole, most=most)
 
     def close(self, slot: int) -> None:
         """Forget a slot."""
         for key in [key for key in self._lists if key[1] == slot]:
             del self._lists[key]
 
-    def _get(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
+    def _get(self, layer: int, slot: int) -> _Held:
         found = self._lists.get((layer, slot))
         assert found is not None, f"slots [{slot}] are read in layer {layer} without an opening step"
         return found

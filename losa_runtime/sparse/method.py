@@ -14,7 +14,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates
+from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState, RenewedStates
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.sparse.memory import BlockMemory, Geometry
@@ -63,10 +63,10 @@ class SparseMethod(ABC):
         layer: int,
         q_RHD: Tensor,
         plan: PrefixPlan,
-        got: AttnState,
+        got: PrefixState,
         step: DenoiseStep,
         backend: AttentionBackend,
-    ) -> AttnState | RenewedStates:
+    ) -> PrefixState | RenewedStates:
         """Prefix attention of all R rows from that of the planned rows, `got`. Called once after `plan`; the backend
         settles the answer. plan.rows are the backend's if it chose them: to be handed on as they are."""
         assert plan.rows is None

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, PageChoice, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend, PageChoice, PrefixPlan, Rows
 from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import Geometry
 from losa_runtime.sparse.method import MethodOptions
@@ -35,7 +35,7 @@ class PageOptions(MethodOptions):
 def plan_pages(
     layer: int,
     q_RHD: Tensor,
-    rows: Tensor | None,
+    rows: Rows | None,
     whole: tuple[bool, ...],
     options: PageOptions,
     step: DenoiseStep,
@@ -50,7 +50,6 @@ def plan_pages(
     """
     if all(whole):
         return PrefixPlan(rows)
-    best_S = step.budget_S // geometry.page_size
-    choice = PageChoice(options.share, per_row=options.pages == "own")
-    kv, scored = backend.select_pages(layer, q_RHD, rows, whole, best_S, step.group, choice, heads_nH)
+    choice, best = PageChoice(options.share, per_row=options.pages == "own"), step.best(geometry.page_size)
+    kv, scored = backend.select_pages(layer, q_RHD, rows, whole, best, step.group, choice, heads_nH)
     return PrefixPlan(rows, kv, geometry.page_size, scored)

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from losa_kernels.reference.selection import top_pages
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.sampling_params import MAX_COUNT, InvalidRequestValue
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists
@@ -76,10 +76,10 @@ class SparseDllm(SparseMethod):
         layer: int,
         q_RHD: Tensor,
         plan: PrefixPlan,
-        got: AttnState,
+        got: PrefixState,
         step: DenoiseStep,
         backend: AttentionBackend,
-    ) -> AttnState:
+    ) -> PrefixState:
         options, block = _options(step.options), step.group.block_length
         for index, segment in enumerate(step.group.segments):
             if step.numbers[index] != options.delay or step.whole[index]:

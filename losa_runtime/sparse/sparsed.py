@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from losa_kernels.reference.selection import top_pages
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists
@@ -69,15 +69,16 @@ class SparseD(SparseMethod):
         layer: int,
         q_RHD: Tensor,
         plan: PrefixPlan,
-        got: AttnState,
+        got: PrefixState,
         step: DenoiseStep,
         backend: AttentionBackend,
-    ) -> AttnState:
+    ) -> PrefixState:
         last = [number + 1 == count for number, count in zip(step.numbers, _dense_steps(step), strict=True)]
         choosing = step.part([now and not covered for now, covered in zip(last, step.whole, strict=True)])
         if choosing is None:
             return got
         step.meter.keys(choosing.segments)
+        got = backend.settle(got)
         size = _options(step.options).block_size
         rows = choosing.rows
         mass_SHn = backend.prefix_mass(layer, q_RHD[rows], got.lse_RH[rows], size, choosing.group)

@@ -14,7 +14,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from losa_runtime.attention.backend import RowGroup
+from losa_runtime.attention.backend import ActiveRules, PerSegment, RowGroup
+from losa_runtime.cache.transfer import to_device
 from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
 from losa_runtime.sparse.density import PrefixMeter
 
@@ -33,10 +34,14 @@ class Part(NamedTuple):
 class DenoiseStep:
     """What a method sees of its block segments in one forward: made once, used by every layer.
 
-    group: the segments and their rows. slots: state index per segment. opens: per segment, True in the first step of
-    its block; numbers: its denoising step; unmasked: tokens accepted in it before this step. options: the method's, the
-    same for all segments. budgets: tokens each query may read, per segment; whole: True where that covers the prefix
-    (never without a `budget` rule). meter: where the method reports what it reads beside its plan.
+    group: the segments and their rows. slots: state index per segment, slots_S: int64, on the device. place_R: slot *
+    B + offset of each row, int64: where per-row state lies. opens: per segment, True in the first step of its block;
+    numbers: its denoising step; unmasked: tokens accepted in it before this step. options: the method's, the same for
+    all segments. budgets: tokens each query may read, per segment, budget_S: int64, on the device; whole: True where
+    that covers the prefix (never without a `budget` rule). meter: where the method reports what it reads beside its
+    plan.
+
+    What is on the device is brought there when the step is made, before the first layer.
     """
 
     def __init__(
@@ -54,26 +59,35 @@ class DenoiseStep:
         self.numbers = tuple(segment.step for segment in group.segments)
         self.unmasked = tuple(segment.unmasked for segment in group.segments)
         pairs = list(zip(self.params, group.prefix_lens, strict=True))
+        pairs = list(zip(self.params, group.prefix_lens, strict=True))
         self.budgets = tuple(0 if budget is None else budget(p, n) for p, n in pairs)
         covered = zip(group.prefix_lens, self.budgets, strict=True)
         self.whole = tuple(budget is not None and n <= b for n, b in covered)
-        self.meter = PrefixMeter(group, self.whole)
+        self.meter = PrefixMeter(group, device, self.whole)
+        block = group.block_length
+        counts = [_active_count(p.active, block) for p in self.params]
+        self.slots_S, self.budget_S, self._count_S = self.tensor((self.slots, self.budgets, counts), torch.int64)
+        self._tau_S = self.tensor([_active_share(p.active) for p in self.params], torch.float32)
+        self._most = tuple(
+            block if _active_share(p.active) else min(n, block) for p, n in zip(self.params, counts, strict=True)
+        )
+        self.place_R = (self.slots_S[:, None] * block + torch.arange(block, device=device)).flatten()
+        self._parts: dict[tuple[bool, ...], Part | None] = {}
+        self._best: dict[int, PerSegment] = {}
 
-    @cached_property
-    def slots_S(self) -> Tensor:
-        """`slots` on the device, int64."""
-        return self.tensor(self.slots, torch.int64)
+    def best(self, granule: int) -> PerSegment:
+        """Granules of that many tokens that each query may read."""
+        found = self._best.get(granule)
+        if found is None:
+            most = tuple(budget // granule for budget in self.budgets)
+            found = self._best[granule] = PerSegment(self.budget_S // granule, most)
+        return found
 
-    @cached_property
-    def place_R(self) -> Tensor:
-        """slot * B + offset of each row, int64: where per-row state lies."""
+    def active_rules(self, fresh: tuple[bool, ...], keep_stable: bool) -> ActiveRules:
+        """The requests' `active_*`, but all rows of the segments in `fresh`."""
         block = self.group.block_length
-        return (self.slots_S[:, None] * block + torch.arange(block, device=self._device)).flatten()
-
-    @cached_property
-    def budget_S(self) -> Tensor:
-        """`budgets` on the device, int64."""
-        return self.tensor(self.budgets, torch.int64)
+        most = tuple(block if every else n for every, n in zip(fresh, self._most, strict=True))
+        return ActiveRules(self._count_S, self._tau_S, fresh, most, keep_stable)
 
     @cached_property
     def masked_SB(self) -> Tensor:
@@ -84,25 +98,18 @@ class DenoiseStep:
         flags = [[offset in mine for offset in every] for mine in map(frozenset, some)]
         return self.tensor(flags, torch.bool)
 
-    @cached_property
-    def active_count_S(self) -> Tensor:
-        """Rows to recompute by the count and ratio rules, int64; 0 under the tau rule."""
-        return self.tensor([_active_count(p.active, self.group.block_length) for p in self.params], torch.int64)
-
-    @cached_property
-    def active_tau_S(self) -> Tensor:
-        """Share of the change to be covered under the tau rule, float32; 0 under the others."""
-        shares = [p.active.value if p.active.kind == "tau" else 0.0 for p in self.params]
-        return self.tensor(shares, torch.float32)
-
-    @cached_property
-    def opening(self) -> Part | None:
-        """The segments in the first step of their block."""
-        return self.part(self.opens)
-
     def part(self, wanted: Sequence[bool]) -> Part | None:
-        """The segments where `wanted`, as a group of their own; None if there are none."""
-        index = tuple(i for i, mine in enumerate(wanted) if mine)
+        """The segments where `wanted`, as a group of their own, made once; None if there are none."""
+        key = tuple(wanted)
+        if key not in self._parts:
+            self._parts[key] = self._part(tuple(i for i, mine in enumerate(key) if mine))
+        return self._parts[key]
+
+    def tensor(self, values: Collection[Any], dtype: torch.dtype) -> Tensor:
+        """Host values on the group's device."""
+        return to_device(values, dtype, self._device)
+
+    def _part(self, index: tuple[int, ...]) -> Part | None:
         if not index:
             return None
         block = self.group.block_length
@@ -110,13 +117,14 @@ class DenoiseStep:
         first = self.tensor([i * block for i in index], torch.int64)
         return Part(group, index, (first[:, None] + torch.arange(block, device=self._device)).flatten())
 
-    def tensor(self, values: Collection[Any], dtype: torch.dtype) -> Tensor:
-        """Host values on the group's device."""
-        return torch.tensor(values, dtype=dtype, device=self._device)
-
 
 def _active_count(rule: ActiveRule, block_length: int) -> int:
-    """Rows by count, or by ratio rounded up so that a positive share is never no row."""
+    """Rows by count, or by ratio rounded up so that a positive share is never no row; 0 under the tau rule."""
     if rule.kind == "tau":
         return 0
     return int(rule.value) if rule.kind == "count" else math.ceil(rule.value * block_length)
+
+
+def _active_share(rule: ActiveRule) -> float:
+    """Share of the change to be covered under the tau rule, 0 under the others."""
+    return rule.value if rule.kind == "tau" else 0.0

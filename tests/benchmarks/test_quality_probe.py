@@ -22,6 +22,7 @@ from benchmarks.quality.samples import LATE_KEY, documents
 from benchmarks.quality.scripts import Revealed, answers, late_keys
 from benchmarks.quality.settings import Decoding, Setting
 from benchmarks.quality.stage import Stage
+from losa_runtime.attention.backend import PerSegment
 from losa_runtime.core.batch import SparseParams
 
 CONTEXT = 512
@@ -123,7 +124,8 @@ def test_the_union_of_all_rows_is_what_quest_reads(world: World) -> None:
     unions.note(0, seen[0])
     unions.note(1, seen[4])  # layer 0 of the second step: what QUEST sees there, too
     assert (seen[0].layer, seen[4].layer) == (0, 0)
-    kv = seen[4].backend.select_pages(0, seen[4].q_RHD, None, (False,), torch.tensor([3]), seen[4].group).kv
+    best = PerSegment(torch.tensor([3]), (3,))
+    kv = seen[4].backend.select_pages(0, seen[4].q_RHD, None, (False,), best, seen[4].group).kv
     assert unions.curve(choice)[-1] == pytest.approx(kv.indices.shape[0] * 16 / (2 * len(world.revealed.script.stored)))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from losa_kernels.triton.layout import Planned
 from losa_runtime.attention.backend import KVIndices, PrefixPlan, RowGroup
-from losa_runtime.cache.kv_pool import KVPool
+from losa_runtime.cache.kv_pool import SUMMARY_VECTORS, KVPool
 from losa_runtime.core.batch import ForwardMode, Segment
 from losa_runtime.sparse.density import PrefixMeter
 
@@ -14,6 +15,7 @@ CPU = torch.device("cpu")
 B, G, H, PAGE = 4, 2, 4, 8
 POOL = KVPool(1, 4, G, PAGE, 8, torch.float32)
 PREFIXES = (40, 0, 21, 64)
+WITH_ROWS = (40, 0, 21, 0)  # prefixes of the segments of which random_plan plans some rows, not all
 
 
 def make_group() -> RowGroup:
@@ -54,7 +56,7 @@ def positions(plan: PrefixPlan, segment: int, rows: list[int], head: int, heads:
 
 
 def check(plans: list[PrefixPlan]) -> None:
-    meter = PrefixMeter(make_group())
+    meter = PrefixMeter(make_group(), CPU)
     for plan in plans:
         meter.add(plan, POOL)
     for segment, report in enumerate(meter.report(POOL)):
@@ -97,6 +99,41 @@ def test_layers_of_every_kind() -> None:
     ]
     check(plans)
     check(plans[::-1])
+
+
+def in_room(plan: PrefixPlan) -> PrefixPlan:
+    """The same plan as a device makes it: rows and lists in room for more, and nonsense behind them."""
+    rows, kv = plan.known_rows, plan.kv
+    assert rows is not None and kv is not None
+    order = torch.full((4 * B,), -1)
+    order[rows] = torch.arange(len(rows))
+    indptr = torch.searchsorted(rows, torch.arange(5) * B)
+    padded = torch.cat((rows, torch.full((4 * B - len(rows),), 1 << 40)))
+    ends = kv.indptr
+    if kv.per_row:
+        ends = torch.cat((ends, ends[-1:].expand((4 * B - len(rows)) * kv.heads)))
+    indices = torch.cat((kv.indices, torch.full((50,), 1 << 40)))
+    return plan._replace(rows=Planned(padded, indptr, order), kv=kv._replace(indptr=ends, indices=indices, most=99))
+
+
+@pytest.mark.parametrize("whole", [(False,) * 4, (True, False, False, True)])
+@pytest.mark.parametrize("granule", [1, 5, PAGE])
+def test_layers_planned_on_the_device_count_as_much(whole: tuple[bool, ...], granule: int) -> None:
+    """Of every kind; page summaries count only where a row was planned."""
+    kinds = [(heads, per_row) for heads in (G, H) for per_row in (False, True)]
+    scored = tuple(not mine for mine in whole)
+    plans = [random_plan(whole, heads, granule, per_row, False)._replace(scored=scored) for heads, per_row in kinds]
+    meters = [PrefixMeter(make_group(), CPU, whole) for _ in range(2)]
+    for plan in plans:
+        for meter, same in zip(meters, (plan, in_room(plan)), strict=True):
+            meter.add(same, POOL)
+            meter.also(same, POOL)
+    known, planned = (meter.report(POOL) for meter in meters)
+    assert [report[1:] for report in known] == [report[1:] for report in planned]
+    vectors = [report.metadata_bytes // (G * 8 * 4) for report in known]
+    assert vectors == [
+        0 if mine or not n else 4 * -(-n // PAGE) * SUMMARY_VECTORS for mine, n in zip(whole, WITH_ROWS, strict=True)
+    ]
 
 
 def test_whole_prefixes_in_every_layer_are_dense() -> None:

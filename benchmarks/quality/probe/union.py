@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.quality.probe.play import Floats
 from benchmarks.quality.probe.watch import Seen
 from losa_kernels.reference.selection import Share, query_change
-from losa_runtime.attention.backend import PageChoice
+from losa_runtime.attention.backend import PageChoice, PerSegment
 
 # LoSA, Trado-8B on TriviaQA, block 16, digitised; the last value is the dashed line of all rows.
 PAPER = (11.0, 12.8, 13.9, 15.1, 16.2, 16.7, 16.9, 17.4, 17.7, 18.4, 19.0, 20.1, 21.5, 22.0, 22.1, 23.5)
@@ -56,8 +56,9 @@ class Unions:
 def _density(seen: Seen, rows: Tensor, choice: Choice) -> float:
     """Share of the prefix that these rows read together, per KV head."""
     pool, [prefix] = seen.backend.pool, seen.group.prefix_lens
-    best_S = torch.tensor([choice.tokens // pool.page_size])
-    asked = (seen.layer, seen.q_RHD, rows, (False,), best_S, seen.group, PageChoice(choice.share))
+    count = choice.tokens // pool.page_size
+    best = PerSegment(torch.tensor([count]), (count,))
+    asked = (seen.layer, seen.q_RHD, rows, (False,), best, seen.group, PageChoice(choice.share))
     kv = seen.backend.select_pages(*asked).kv
     pages = 0
     for group in range(pool.num_kv_heads):

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, RenewedStates, RowGroup
+from losa_runtime.attention.backend import (
+    AttentionBackend,
+    AttnState,
+    PrefixPlan,
+    PrefixState,
+    RenewedStates,
+    RowGroup,
+)
 
 
 class Seen(NamedTuple):
@@ -26,7 +33,7 @@ class Seen(NamedTuple):
 
     def exact(self) -> AttnState:
         """Attention of the same rows to the whole prefix."""
-        return self.backend.prefix(self.layer, self.q_RHD, PrefixPlan(), self.group)
+        return self.backend.settle(self.backend.prefix(self.layer, self.q_RHD, PrefixPlan(), self.group))
 
     def merged(self, prefix: AttnState) -> Tensor:
         """Attention to the prefix and the block: [R, H, D]."""
@@ -47,12 +54,12 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def prefix(self, layer: int, q_RHD: Tensor, plan: PrefixPlan, group: RowGroup) -> AttnState:
+    def prefix(self, layer: int, q_RHD: Tensor, plan: PrefixPlan, group: RowGroup) -> PrefixState:
         self._layer = layer
         return self._backend.prefix(layer, q_RHD, plan, group)
 
     def block_merged(
-        self, prefix: AttnState | RenewedStates, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup
+        self, prefix: PrefixState | RenewedStates, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup
     ) -> Tensor:
         settled = self._backend.settle(prefix)
         self._seen(Seen(self._layer, group, q_RHD, k_RGD, v_RGD, settled, self._backend))

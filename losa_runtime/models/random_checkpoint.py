@@ -20,13 +20,14 @@ from torch import Tensor
 
 from losa_runtime.core.errors import ConfigError
 from losa_runtime.core.model_config import CONFIG_FILE, GENERATION_FILE, ModelConfig
-from losa_runtime.models.model import empty_model
+from losa_runtime.models.model import BlockDiffusionModel, empty_model
 from losa_runtime.models.presets import PRESETS
-from losa_runtime.models.weights import INDEX_FILE, SINGLE_FILE, byte_progress
+from losa_runtime.models.weights import INDEX_FILE, SINGLE_FILE, assign, byte_progress
 from losa_runtime.tokenizer import byte_alphabet
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>")  # ids 256 .. 259
 END_OF_TEXT, IM_START, IM_END, MASK = range(256, 260)
+GENERATION = {"eos_token_id": [IM_END, END_OF_TEXT], "pad_token_id": END_OF_TEXT}
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
@@ -58,17 +59,38 @@ def write_random_checkpoint(
     raw = _config(preset, architecture, overrides | ({} if dtype is None else {"dtype": dtype}))
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise ConfigError(f"folder: found a checkpoint in {folder}, allowed: an empty folder, or overwrite")
-    generation = {"eos_token_id": [IM_END, END_OF_TEXT], "pad_token_id": END_OF_TEXT}
-    config = ModelConfig.from_dict(raw, generation, folder)
+    config = ModelConfig.from_dict(raw, GENERATION, folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (*folder.glob("model*.safetensors"), folder / INDEX_FILE, folder / CONFIG_FILE):
         stale.unlink(missing_ok=True)
     write_byte_tokenizer(folder, config.max_context)
     _write_weights(folder, config, seed, max_shard_bytes, show_progress)
-    _write_json(folder / GENERATION_FILE, generation)
+    _write_json(folder / GENERATION_FILE, GENERATION)
     # Last, because a folder becomes loadable with its config.json.
     _write_json(folder / CONFIG_FILE, raw)
     return config
+
+
+def random_model(
+    preset: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    architecture: str = "SDARForCausalLM",
+    seed: int = 0,
+    **overrides: Any,
+) -> BlockDiffusionModel:
+    """Such a model without a folder, its weights drawn on the device (others than those of a checkpoint).
+
+    overrides and errors: as in `write_random_checkpoint`.
+    """
+    config = ModelConfig.from_dict(_config(preset, architecture, overrides), GENERATION, Path(preset))
+    model = empty_model(config)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in list(model.named_parameters()):
+        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+        assign(model, name, tensor.normal_(*_spread(name, parameter, config), generator=generator))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def write_byte_tokenizer(folder: Path, max_length: int) -> None:
@@ -113,11 +135,16 @@ def _random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tenso
     dtype: torch.dtype = getattr(torch, config.dtype)
     for name, parameter in empty_model(config).named_parameters():
         tensor = torch.empty(parameter.shape, dtype=dtype)
-        if parameter.ndim == 1:
-            yield name, tensor.normal_(1.0, 0.1, generator=generator)
-        else:
-            spread = 1.0 if "embed_tokens" in name and not config.tie_word_embeddings else parameter.shape[1] ** -0.5
-            yield name, tensor.normal_(0.0, spread, generator=generator)
+        yield name, tensor.normal_(*_spread(name, parameter, config), generator=generator)
+
+
+def _spread(name: str, parameter: Tensor, config: ModelConfig) -> tuple[float, float]:
+    """Mean and standard deviation of a parameter's numbers."""
+    if parameter.ndim == 1:
+        return 1.0, 0.1
+    if "embed_tokens" in name and not config.tie_word_embeddings:
+        return 0.0, 1.0
+    return 0.0, parameter.shape[1] ** -0.5
 
 
 def _write_weights(folder: Path, config: ModelConfig, seed: int, max_shard_bytes: int, show_progress: bool) -> None:

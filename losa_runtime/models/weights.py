@@ -88,7 +88,7 @@ def load_weights(
             task = progress.add_task("loading weights", total=total)
             for name in sorted(expected, key=lambda n: (files[n], n)):
                 tensor = _read(opened[files[name]], name, folder).to(device=device, dtype=dtype, copy=True)
-                _assign(module, name, tensor)
+                assign(module, name, tensor)
                 progress.advance(task, tensor.numel() * dtype.itemsize)
         for name, target in tied.items():
             if name in files:
@@ -149,6 +149,7 @@ def _shortened(findings: Iterable[str]) -> str:
     return "; ".join(listed[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of the parameter of that name."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

@@ -19,6 +19,7 @@ from losa_runtime.core.request import Request, RequestOutput
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.decoding.penalties import check_logit_bias
 from losa_runtime.decoding.registry import resolve as resolve_decoding
+from losa_runtime.grammar.guide import Guides
 from losa_runtime.scheduler.costs import ReadSum
 from losa_runtime.scheduler.req import Req, ReqSettings
 from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -57,6 +58,7 @@ class Engine:
         self._next_check = 0.0
         self._forwards = self._generated = 0
         self._read = ReadSum()
+        self._guides = Guides(self._text_of_ids)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -147,21 +149,28 @@ class Engine:
         for token in params.stop_token_ids:
             if not 0 <= token < tokenizer.vocab_size:
                 raise InvalidRequest("sampling_params.stop_token_ids", token, f"0 to {tokenizer.vocab_size - 1}")
-        room = self._room(request)
+        most = self._room(request) if params.max_new_tokens is None else params.max_new_tokens
         eos = self.parts.eos_token_ids
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         if len(ends | (eos if params.ignore_eos else frozenset())) + 1 >= tokenizer.vocab_size:
             raise InvalidRequest("sampling_params.stop_token_ids", "the whole vocabulary", "fewer tokens")
         return ReqSettings(
             seed=self._seed(request, params),
-            limit=len(request.prompt_ids) + (room if params.max_new_tokens is None else params.max_new_tokens),
+            limit=len(request.prompt_ids) + most,
             stop_ids=ends,
             ban_always=tuple(sorted(eos - frozenset(params.stop_token_ids))) if params.ignore_eos else (),
             ban_early=tuple(sorted(ends)) if params.min_new_tokens else (),
             sparse=resolve_sparse(params.custom_params, self.config, self.parts.geometry),
             decoding=resolve_decoding(params.custom_params, self.config, self.parts.model_config.block_length),
             text=TextStream(Detokenizer(tokenizer, params.skip_special_tokens), params.stop, params.no_stop_trim),
+            guide=self._guides.make(params, ends, most, request.compiled),
         )
+
+    def _text_of_ids(self) -> list[bytes]:
+        """What each id contributes to a text: nothing for special tokens and MASK."""
+        tokenizer, mask = self.parts.tokenizer, self.parts.model_config.mask_token_id
+        pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+        return [b"" if token == mask else piece for token, piece in enumerate(pieces)]
 
     def _room(self, request: Request) -> int:
         """Output tokens of a request that names no limit: what context and page pool leave."""

@@ -28,10 +28,12 @@ class Request(BaseModel):
     output_logprobs: also report the log-probability that each output token had in the denoising step in which it was
     accepted: natural, after penalties, bias, bans and temperature, before top_k, top_p and min_p.
     top_logprobs, logprob_ids: with every token that is reported, also those of so many likeliest ids, and of these ids,
-    from the same distribution. trace: also report every denoising step as it happens.
+    from the same distribution. trace: also report every denoising step as it happens. compiled: what
+    `grammar.guide.compile_constraint` made of the sampling parameters, by whoever could afford to wait for it; without
+    it the engine compiles them itself.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64")
     rid: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
@@ -40,6 +42,7 @@ class Request(BaseModel):
     top_logprobs: int = Field(default=0, ge=0, le=MAX_ALTERNATIVES)
     logprob_ids: tuple[int, ...] = Field(default=(), max_length=MAX_ALTERNATIVES)
     trace: bool = False
+    compiled: bytes | None = None
     namespace: str = ""
     priority: int = Field(default=0, ge=-MAX_COUNT, le=MAX_COUNT)
 

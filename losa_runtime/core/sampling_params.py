@@ -6,8 +6,9 @@ null means the default for every field, as SGLang's clients expect.
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -19,10 +20,8 @@ MAX_COUNT = 2**31 - 1  # of anything counted: far above sense, far below what ov
 MAX_LOGIT_BIAS = 1e4  # decides any softmax in float32 without overflowing it
 
 # Known parameters that are refused unless they carry a value that asks for nothing. name -> (neutral values, reason)
-_GRAMMAR = "null (constrained output is not available for block diffusion in this version)"
+_GRAMMAR = "null (constraints are regular: `regex` or `json_schema`)"
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
-    "regex": ((None, ""), _GRAMMAR),
-    "json_schema": ((None, ""), _GRAMMAR),
     "ebnf": ((None, ""), _GRAMMAR),
     "structural_tag": ((None, ""), _GRAMMAR),
     "stop_regex": ((None, "", [], ()), "null or an empty list (use `stop` or `stop_token_ids`)"),
@@ -52,6 +51,8 @@ class DiffusionParams(BaseModel):
     algorithm: registry name of the decoding algorithm.
     threshold: confidence above which the dynamic algorithm accepts a token.
     denoising_steps: planned denoising steps per block (1 .. block length).
+    grammar_mode: how a block is filled under `regex` or `json_schema`: along the most probable path ("map", the
+    default), or hole by hole ("valid").
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -65,6 +66,7 @@ class DiffusionParams(BaseModel):
     algorithm: str | None = None
     threshold: float | None = Field(default=None, ge=0.0, le=1.0)
     denoising_steps: int | None = Field(default=None, gt=0, le=MAX_COUNT)
+    grammar_mode: Literal["map", "valid"] | None = None
 
     @field_validator("active_ratio", "active_tau", "threshold", mode="before")
     @classmethod
@@ -98,8 +100,9 @@ class SamplingParams(BaseModel):
     """Sampling parameters of one request (SGLang's names and defaults).
 
     temperature 0 means greedy. top_k -1 means all. `max_new_tokens` None means up to the context length; 0 means
-    prefill (and cache) only. `stop` and `stop_token_ids` accept a single value. Unknown keys are refused here; the
-    HTTP layer drops keys that it does not know before it comes to this.
+    prefill (and cache) only. regex, json_schema (a JSON text, or the object itself): what the whole output matches,
+    before stop strings cut it; at most one of them. `stop` and `stop_token_ids` accept a single value. Unknown keys
+    are refused here; the HTTP layer drops keys that it does not know before it comes to this.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -121,6 +124,8 @@ class SamplingParams(BaseModel):
     no_stop_trim: bool = False
     skip_special_tokens: bool = True
     n: int = Field(default=1, ge=1, le=128)
+    regex: str | None = None
+    json_schema: str | None = None
     custom_params: DiffusionParams = DiffusionParams()
 
     @model_validator(mode="before")
@@ -183,6 +188,13 @@ class SamplingParams(BaseModel):
             return (value,)
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("regex", "json_schema", mode="before")
+    @classmethod
+    def _empty_asks_for_nothing(cls, value: object) -> object:
+        if isinstance(value, dict | bool):
+            return json.dumps(value)
+        return None if value == "" else value
+
     @field_validator("top_k")
     @classmethod
     def _top_k_not_zero(cls, value: int) -> int:
@@ -196,6 +208,22 @@ class SamplingParams(BaseModel):
             raise InvalidRequestValue(
                 "sampling_params.min_new_tokens", self.min_new_tokens, f"at most max_new_tokens = {self.max_new_tokens}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_grammar_that_can_end(self) -> Self:
+        field = "regex" if self.regex is not None else "json_schema"
+        if getattr(self, field) is None:
+            return self
+        if self.regex is not None and self.json_schema is not None:
+            raise InvalidRequestValue("sampling_params.json_schema", "a schema", "null beside `regex`")
+        if self.ignore_eos:
+            raise InvalidRequestValue(
+                "sampling_params.ignore_eos", True, f"false: with `{field}` an output ends itself"
+            )
+        if self.min_new_tokens:
+            allowed = f"0: with `{field}` the pattern says how long an output is"
+            raise InvalidRequestValue("sampling_params.min_new_tokens", self.min_new_tokens, allowed)
         return self
 
     @classmethod

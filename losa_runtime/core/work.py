@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,10 @@ from losa_runtime.core.sampling_params import SamplingParams
 Ids = NDArray[np.int64]
 
 
+class Guide(Protocol):
+    """What an output must match: made and understood by `grammar`; those between hand it on."""
+
+
 class RowContext(NamedTuple):
     """What sampling needs to know of a request.
 
@@ -22,7 +26,7 @@ class RowContext(NamedTuple):
     not chosen at positions below `early_before` (min_new_tokens). prompt, output: token history for penalties; prompt
     holds its distinct ids, and none where no penalty looks at them; output
     holds finished blocks only, tokens accepted in the current block come on top. top_logprobs, logprob_ids: the
-    alternatives that are to be reported, see Request.
+    alternatives that are to be reported, see Request. guide: of a request whose output must match a grammar.
     """
 
     sampling: SamplingParams
@@ -34,6 +38,7 @@ class RowContext(NamedTuple):
     output: NDArray[np.int32]
     top_logprobs: int = 0
     logprob_ids: tuple[int, ...] = ()
+    guide: Guide | None = None
 
 
 class WorkItem(NamedTuple):

@@ -54,6 +54,14 @@ class Bans(NamedTuple):
     row_N: Tensor | None = None
     id_N: Tensor | None = None
 
+    def of_rows(self, row_M: Tensor) -> Bans:
+        """The bans of some rows, ascending, numbered anew."""
+        if self.row_N is None or self.id_N is None:
+            return self
+        place_N = torch.searchsorted(row_M, self.row_N)
+        mine_N = row_M[place_N.clamp(max=len(row_M) - 1)] == self.row_N
+        return self._replace(row_N=place_N[mine_N], id_N=self.id_N[mine_N])
+
 
 class Wanted(NamedTuple):
     """Further log-probabilities (definition 3) to be reported. Rows ascend in both lists.
@@ -121,6 +129,15 @@ def sample(
     )
 
 
+def log_probabilities(logits_RV: Tensor, rows: SamplingRows, bans: Bans) -> tuple[Tensor, Tensor]:
+    """Definitions 1 to 4 for all ids: float64 log-probabilities [R, V], minus infinity for banned ids, and which of
+    them the filters keep, bool [R, V]. Rows that cannot be sampled from are undefined."""
+    logits_RV = _banned(logits_RV, bans, 0)
+    logp_RV = _tempered(logits_RV, logits_RV.amax(-1), rows.temperature_R)
+    kept_RV = _kept(logits_RV, logp_RV.exp(), rows) | (rows.temperature_R == 0)[:, None]
+    return logp_RV, kept_RV
+
+
 def _sample_part(
     logits_RV: Tensor, rows: SamplingRows, bans: Bans, entropy: bool, wanted: Wanted | None, start: int, stop: int
 ) -> tuple[Tensor, ...]:
@@ -131,11 +148,8 @@ def _sample_part(
     token_R = logits_RV.argmax(-1)
     best_R = logits_RV.gather(-1, token_R[:, None])[:, 0]
     usable_R = torch.isfinite(best_R)
-    temperature_R = rows.temperature_R.to(torch.float64)
-    tempered_R = torch.where(temperature_R > 0, temperature_R, 1.0)
-    # The maximum is taken off first, so that no temperature can overflow to inf - inf.
-    logp_RV = ((logits_RV.to(torch.float64) - best_R[:, None]) / tempered_R[:, None]).log_softmax(-1)
-    drawn_D = torch.nonzero((temperature_R > 0) & usable_R).flatten()
+    logp_RV = _tempered(logits_RV, best_R, rows.temperature_R)
+    drawn_D = torch.nonzero((rows.temperature_R > 0) & usable_R).flatten()
     if len(drawn_D):
         drawn = SamplingRows(*(column[drawn_D] for column in rows))
         token_R[drawn_D] = _draw(logits_RV[drawn_D], logp_RV[drawn_D].exp(), drawn)
@@ -151,6 +165,13 @@ def _others(logp_RV: Tensor, wanted: Wanted, start: int) -> Others:
     top_NK, id_NK = logp_RV[row_N].topk(min(wanted.top, logp_RV.shape[1]))
     here_M = (wanted.row_M >= start) & (wanted.row_M < stop)
     return Others(id_NK, top_NK, logp_RV[wanted.row_M[here_M] - start, wanted.id_M[here_M]])
+
+
+def _tempered(logits_RV: Tensor, best_R: Tensor, temperature_R: Tensor) -> Tensor:
+    """Log-probabilities at each row's temperature, float64. best_R: the greatest logit of each row."""
+    tempered_R = torch.where(temperature_R > 0, temperature_R, 1.0).to(torch.float64)
+    # The maximum is taken off first, so that no temperature can overflow to inf - inf.
+    return ((logits_RV.to(torch.float64) - best_R[:, None]) / tempered_R[:, None]).log_softmax(-1)
 
 
 def _entropy(logp_RV: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from losa_runtime.decoding.rng import uniform
 from losa_runtime.decoding.sampling import Bans, Sampled, SamplingRows, UnusableLogits, sample
 from losa_runtime.models.model import BlockDiffusionModel
 from losa_runtime.runner.alternatives import of_score, per_row, wanted
+from losa_runtime.runner.guided import GuidedBlocks
 
 # Elements of one chunk of float32 logits (256 MiB).
 _LOGITS_PER_CHUNK = 1 << 26
@@ -69,8 +70,9 @@ class Unmasker:
             return self._score(items, chunk, logits_RV)
         mine = [items[s] for s in chunk]
         sizes = [_offsets(item.candidates).size for item in mine]
+        guided = GuidedBlocks(mine)
         try:
-            sampled = self._sample(mine, sizes, logits_RV)
+            sampled = self._sample(mine, sizes, logits_RV, guided)
         except UnusableLogits as error:
             owners = np.repeat(np.arange(len(chunk)), sizes)
             bad = {int(owners[row]) for row in error.rows}
@@ -82,6 +84,7 @@ class Unmasker:
             return results
         accepted_R = self._accept(mine, sizes, sampled).cpu().numpy()
         token_R, logprob_R = sampled.token_R.cpu().numpy(), sampled.logprob_R.double().cpu().numpy()
+        guided.settle(accepted_R, token_R, logprob_R)
         contexts = [_context(item) for item in mine]
         others = None if sampled.others is None else per_row(contexts, sizes, sampled.others)
         results = {}
@@ -118,7 +121,9 @@ class Unmasker:
             results[s] = result if np.isfinite(logprob) else _failed()
         return results
 
-    def _sample(self, items: Sequence[WorkItem], sizes: Sequence[int], logits_RV: Tensor) -> Sampled:
+    def _sample(
+        self, items: Sequence[WorkItem], sizes: Sequence[int], logits_RV: Tensor, guided: GuidedBlocks
+    ) -> Sampled:
         device = logits_RV.device
         contexts = [_context(item) for item in items]
         repeat = torch.tensor(sizes, device=device)
@@ -140,7 +145,9 @@ class Unmasker:
         )
         logits_RV = penalise(logits_RV, self._penalties(items, sizes))
         entropy = any(_algorithm(item).needs_entropy for item in items)
-        return sample(logits_RV, rows, self._bans(items, sizes, device), entropy, wanted(contexts, sizes, device))
+        bans = self._bans(items, sizes, device)
+        sampled = sample(logits_RV, rows, bans, entropy, wanted(contexts, sizes, device))
+        return guided.propose(sampled, logits_RV, rows, bans) if guided else sampled
 
     def _penalties(self, items: Sequence[WorkItem], sizes: Sequence[int]) -> list[PenaltyRows]:
         requests: list[PenaltyRows] = []

@@ -11,7 +11,7 @@ from losa_runtime.cache.prefix_cache import Lease
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.decoding_params import DecodingParams
 from losa_runtime.core.request import Alternatives, Request
-from losa_runtime.core.work import Ids, RowContext
+from losa_runtime.core.work import Guide, Ids, RowContext
 from losa_runtime.scheduler.block import DiffusionBlock
 from losa_runtime.scheduler.costs import CostSum
 from losa_runtime.text_stream import TextStream
@@ -22,6 +22,7 @@ class ReqSettings(NamedTuple):
 
     limit: end position (exclusive) of prompt + output. stop_ids: tokens that end the output. ban_always: ids that are
     never chosen (EOS under ignore_eos); ban_early: ids not chosen before min_new_tokens. text: its stream of text.
+    guide: what the output must match, if anything.
     """
 
     seed: int
@@ -32,6 +33,7 @@ class ReqSettings(NamedTuple):
     sparse: SparseParams
     decoding: DecodingParams
     text: TextStream
+    guide: Guide | None = None
 
 
 class Req:
@@ -111,6 +113,7 @@ class Req:
             output=self.tokens[self.prompt_len : self.length],
             top_logprobs=self.request.top_logprobs,
             logprob_ids=self.request.logprob_ids,
+            guide=self.settings.guide,
         )
 
     def rewind(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from typing import Any
 
@@ -121,30 +123,59 @@ def test_no_text_in_logprobs_unless_asked() -> None:
     assert [piece for _, _, piece in meta["output_token_logprobs"]] == [None] * meta["completion_tokens"]
 
 
-CONSTRAINED = [
-    ({"dtype": int}, "regex"),
-    ({"dtype": float}, "regex"),
-    ({"dtype": str}, "regex"),
-    ({"dtype": bool}, "regex"),
-    ({"regex": r"[0-9]{4}"}, "regex"),
-    ({"json_schema": '{"type": "integer"}'}, "json_schema"),
-]
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"dtype": int}, re.escape(CODE)),
+        ({"dtype": float}, re.escape(CODE)),
+        ({"dtype": str}, r'"[\w\s]*"'),
+        ({"dtype": bool}, "True|False"),
+        ({"regex": r"[0-9]{4}"}, re.escape(CODE)),
+        ({"regex": r"[a-f]{3,5}!"}, r"[a-f]{3,5}!"),
+        ({"json_schema": '{"type": "integer"}'}, "-?(0|[1-9][0-9]*)"),  # the code begins with 0: no JSON
+    ],
+    ids=str,
+)
+def test_constrained_output_matches_and_is_right_where_it_can_be(options: dict[str, object], wanted: str) -> None:
+    text, _ = answer(**options)
+    assert re.fullmatch(wanted, text)
 
 
-@pytest.mark.parametrize(("options", "field"), CONSTRAINED, ids=lambda value: str(value))
-def test_constrained_output_is_refused_by_name(options: dict[str, object], field: str) -> None:
-    assert f"sampling_params.{field}" in refusal(**options)
+def test_json_of_a_schema() -> None:
+    schema = {"type": "object", "properties": {"code": {"type": "integer"}, "sure": {"type": "boolean"}}}
+    text, meta = answer(json_schema=json.dumps(schema | {"required": ["code", "sure"]}), max_tokens=48)
+    assert set(json.loads(text)) == {"code", "sure"}
+    assert meta["finish_reason"]["type"] == "stop"
 
 
-@pytest.mark.parametrize("gen", [sgl.gen_int, sgl.gen_string], ids=["gen_int", "gen_string"])
-def test_typed_gens_are_refused_by_name(gen: Any) -> None:
+@pytest.mark.parametrize(
+    ("gen", "wanted"), [(sgl.gen_int, CODE), (sgl.gen_string, None)], ids=["gen_int", "gen_string"]
+)
+def test_typed_gens(gen: Any, wanted: str | None) -> None:
     @sgl.function
     def program(s: Any) -> None:
-        s += plain(FIRST) + gen("answer", max_tokens=8)
+        s += plain(FIRST) + gen("answer", max_tokens=12, temperature=0.0)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert "sampling_params.regex" in str(program.run().error())
+        text = program.run()["answer"]
+    assert text == wanted if wanted else re.fullmatch(r'"[\w\s]*"', text)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"regex": "a(?=b)"}, "regex"),
+        ({"regex": "(a)\\1"}, "regex"),
+        ({"regex": "((a{1,99}){1,99}){1,99}"}, "regex"),
+        ({"regex": "[0-9]{40}", "max_tokens": 3}, "max_new_tokens"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"json_schema": '{"type": "array", "uniqueItems": true}'}, "json_schema.uniqueItems"),
+    ],
+    ids=str,
+)
+def test_constraints_that_cannot_be_served_are_refused_by_name(options: dict[str, object], field: str) -> None:
+    assert f"sampling_params.{field}" in refusal(**options)
 
 
 @pytest.mark.parametrize(

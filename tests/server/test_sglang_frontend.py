@@ -122,8 +122,8 @@ def test_select_scores_only_the_choice(endpoint: Any, server: AppServer) -> None
 def test_an_error_reaches_the_program(endpoint: Any) -> None:
     @sgl.function
     def program(s: Any) -> None:
-        s += "the fox" + sgl.gen("answer", regex="[0-9]+")
+        s += "the fox" + sgl.gen("answer", temperature=-1.0)
 
     error = program.run().error()
     assert error is not None
-    assert "sampling_params.regex" in str(error)
+    assert "sampling_params.temperature" in str(error)

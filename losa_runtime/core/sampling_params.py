@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from losa_runtime.core.errors import InvalidRequest, invalid_request
 
-MAX_STOP_STRINGS = 32
-MAX_STOP_LENGTH = 1024
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_SAMPLES = 8
+MAX_BIASES = 300
 MAX_COUNT = 2**31 - 1  # of anything counted: far above sense, far below what overflows a tensor
 MAX_LOGIT_BIAS = 1e4  # decides any softmax in float32 without overflowing it
 
@@ -116,14 +118,14 @@ class SamplingParams(BaseModel):
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=2.0)
-    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=1024)
+    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=MAX_BIASES)
     sampling_seed: int | None = Field(default=None, ge=0, lt=2**63)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = Field(default=(), max_length=256)
     ignore_eos: bool = False
     no_stop_trim: bool = False
     skip_special_tokens: bool = True
-    n: int = Field(default=1, ge=1, le=128)
+    n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     regex: str | None = None
     json_schema: str | None = None
     custom_params: DiffusionParams = DiffusionParams()

@@ -26,12 +26,13 @@ from losa_server.banner import show_ready, show_start
 from losa_server.engine_client import ENGINE_COMMAND, EngineClient
 from losa_server.errors import EngineUnavailable, StartFailed
 from losa_server.http.app import create_app
+from losa_server.http.protocol import http_config
+from losa_server.keys import Keyring
 from losa_server.request_manager import RequestManager
 from losa_server.settings import ServerSettings
 
 log = logging.getLogger("losa.server")
 
-BACKLOG = 2048
 # How long the HTTP side stays after the engine's death, so that clients and probes are told why.
 FAREWELL_S = 1.0
 
@@ -79,6 +80,7 @@ class _Launch:
         self, config: EngineConfig, settings: ServerSettings, command: Sequence[str], listener: socket.socket
     ) -> None:
         self._config, self._settings, self._command, self._listener = config, settings, command, listener
+        self._keys = Keyring.of(settings)
         self._console = Console()
         self._stop = asyncio.Event()
         self._died = False
@@ -119,25 +121,15 @@ class _Launch:
 
     async def _serve(self, client: EngineClient) -> None:
         tokenizer = Tokenizer(client.info["tokenizer_path"], client.info.get("mask_token_id"))
-        app = create_app(RequestManager(client, tokenizer, self._settings))
-        server = _Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                log_level=self._settings.log_level,
-                access_log=self._settings.log_level == "debug",
-                backlog=BACKLOG,
-                lifespan="off",
-                timeout_graceful_shutdown=max(1, round(self._settings.shutdown_s)),
-            )
-        )
+        app = create_app(RequestManager(client, tokenizer, self._settings), self._keys)
+        server = _Server(http_config(app, self._settings))
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         stop = asyncio.create_task(self._stop.wait())
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
         if server.started:
             show_ready(self._console, self._url())
-            if not ipaddress.ip_address(self._listener.getsockname()[0]).is_loopback:
+            if not self._keys and not ipaddress.ip_address(self._listener.getsockname()[0]).is_loopback:
                 log.warning("listening beyond this machine, without keys: whoever reaches the port can use the server")
         await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from losa_runtime.core.errors import InvalidRequest
 from losa_runtime.core.request import Request, ScoreSpec
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_server.answer import Answer
@@ -22,6 +23,9 @@ from losa_server.errors import RequestFailed
 from losa_server.mailbox import Mailbox
 from losa_server.settings import ServerSettings
 from losa_server.visit import Visit
+
+# Text with more characters per token of context than this fits only if it is mostly blanks or repetition.
+CHARS_PER_TOKEN = 16
 
 
 class TokenizerFace(Protocol):
@@ -118,15 +122,27 @@ class RequestManager:
         """The engine's facts (`Engine.info`)."""
         return self.client.info
 
-    async def encode(self, text: str) -> list[int]:
-        """Token ids of a text; long ones in a thread, so that other clients are not kept waiting."""
+    @property
+    def longest_text(self) -> int:
+        """Characters of the longest text that is tokenized: as set, else a generous multiple of the context."""
+        context = self.info.get("context_length")
+        return self.settings.max_prompt_chars or CHARS_PER_TOKEN * (context if isinstance(context, int) else 2**20)
+
+    async def encode(self, text: str, field: str = "text") -> list[int]:
+        """Token ids of a text; long ones in a thread, so that other clients are not kept waiting.
+
+        Raises InvalidRequest about `field` for a text that is too long to be worth the work.
+        """
+        limit = self.longest_text
+        if len(text) > limit:
+            raise InvalidRequest(field, f"{len(text)} characters", f"at most {limit} (--max-prompt-chars)")
         if len(text) < self.settings.long_text:
             return self.tokenizer.encode(text)
         return await asyncio.to_thread(self.tokenizer.encode, text)
 
     async def open_all(self, asks: Sequence[Ask], visit: Visit) -> list[Generation]:
         """Send requests, all or none; whoever calls closes them. Raises RequestFailed or InvalidRequest."""
-        ids = [tuple(await self.encode(a.prompt)) if isinstance(a.prompt, str) else a.prompt for a in asks]
+        ids = [tuple(await self.encode(a.prompt, a.field)) if isinstance(a.prompt, str) else a.prompt for a in asks]
         requests = [_request(ask, visit, prompt_ids) for ask, prompt_ids in zip(asks, ids, strict=True)]
         mailboxes = self.client.submit(requests)
         generations = [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from losa_runtime.core.options import option
 
 SERVER = "server"
+ACCESS = "access"
 LIMITS = "limits"
 
 
@@ -29,6 +32,35 @@ class ServerSettings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = option("info", SERVER, "what is logged")
     shutdown_s: float = option(3.0, SERVER, "seconds that open connections get when the server is asked to end", ge=0)
 
+    api_key: SecretStr | None = option(
+        None, ACCESS, "key that clients must send; best given as LOSA_API_KEY, as other users can see command lines"
+    )
+    admin_api_key: SecretStr | None = option(
+        None, ACCESS, "key for managing (flush, abort all, profile, settings); without it the only other key may manage"
+    )
+    api_key_file: Path | None = option(
+        None, ACCESS, "file with lines name:key or name:key:salt; names share no cached prefixes, salts do"
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (), ACCESS, "pages of other sites that may use the server from a browser, e.g. https://lab.example"
+    )
+
     max_body_bytes: int = option(32 * 2**20, LIMITS, "largest body of one HTTP request", gt=0)
-    max_prompts: int = option(1024, LIMITS, "prompts of one call, times n", gt=0)
+    max_header_bytes: int = option(32 * 2**10, LIMITS, "largest head of one HTTP request", ge=1024)
+    max_headers: int = option(100, LIMITS, "header lines of one HTTP request", gt=0)
+    max_prompts: int = option(512, LIMITS, "prompts of one call, times n", gt=0)
+    max_prompt_chars: int | None = option(
+        None, LIMITS, "longest prompt as text, in characters (default: 16 for each token of the context)", gt=0
+    )
+    head_timeout: float = option(30.0, LIMITS, "seconds in which the head of a request must arrive", gt=0)
+    body_timeout: float = option(120.0, LIMITS, "seconds in which the body of a request must arrive", gt=0)
+    stall_timeout: float = option(60.0, LIMITS, "seconds that a client may leave an answer unread", gt=0)
     long_text: int = Field(default=4000, gt=0)
+
+    @property
+    def local(self) -> bool:
+        """True when only this machine can reach the port."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"

@@ -14,6 +14,7 @@ from losa_server.channel import Receiver, Sender
 from losa_server.engine_client import EngineClient
 from losa_server.engine_process import EngineLoop
 from losa_server.http.app import create_app
+from losa_server.http.protocol import http_config
 from losa_server.launch import take_port
 from losa_server.messages import TO_ENGINE, TO_FRONTEND, EngineReady
 from losa_server.request_manager import RequestManager
@@ -25,7 +26,7 @@ class AppServer:
     """Started on entry, stopped on exit. `call` runs a coroutine in the server's event loop."""
 
     def __init__(self, model: str, **settings: Any) -> None:
-        self.settings = ServerSettings(port=0, **settings)
+        self.settings = ServerSettings(port=0, **{"shutdown_s": 1.0, **settings})
         self.engine = FakeEngine(EngineConfig(model=model, max_queued_requests=600))
         self._up = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
@@ -63,9 +64,7 @@ class AppServer:
         self.manager = RequestManager(self.client, self.engine.tokenizer, self.settings)
         listener = take_port("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = uvicorn.Server(
-            uvicorn.Config(create_app(self.manager), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
-        )
+        server = uvicorn.Server(http_config(create_app(self.manager), self.settings))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)

@@ -23,7 +23,7 @@ def bundled() -> str:
 @pytest.fixture(scope="module")
 def server(bundled: str) -> Iterator[AppServer]:
     """A server over the echo engine, shared by the tests of a module."""
-    with AppServer(bundled, max_body_bytes=2**20) as running:
+    with AppServer(bundled, max_body_bytes=2**20, max_prompt_chars=2**20) as running:
         yield running
 
 

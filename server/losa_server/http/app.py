@@ -5,22 +5,26 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import losa_runtime
 from losa_runtime.core.errors import LosaError
 from losa_server.errors import ClientGone, RequestFailed, as_failure
 from losa_server.http import info, native
-from losa_server.http.exchange import Exchange
-from losa_server.http.limits import BodyLimit
+from losa_server.http.exchange import REQUEST_ID, Exchange
+from losa_server.http.guard import Guard
+from losa_server.http.limits import Limits
 from losa_server.http.replies import error_reply
+from losa_server.keys import Keyring
 from losa_server.request_manager import RequestManager
 
 CLIENT_CLOSED_REQUEST = 499
 
 
-def create_app(manager: RequestManager) -> FastAPI:
-    """The application around a request manager, which the caller owns and closes."""
+def create_app(manager: RequestManager, keys: Keyring | None = None) -> FastAPI:
+    """The application around a request manager, which the caller owns and closes. keys: None reads the settings'."""
+    settings = manager.settings
     app = FastAPI(title="losa-runtime", version=losa_runtime.__version__, docs_url=None, redoc_url=None)
     app.state.manager = manager
     app.include_router(native.router)
@@ -30,7 +34,22 @@ def create_app(manager: RequestManager) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _bad_request)
     app.add_exception_handler(HTTPException, _http_error)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_bytes=manager.settings.max_body_bytes)
+    app.add_middleware(Limits, settings=settings)
+    app.add_middleware(
+        Guard,
+        keys=Keyring.of(settings) if keys is None else keys,
+        local=settings.local,
+        host=settings.host,
+        origins=settings.allowed_origins,
+    )
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("authorization", "content-type", REQUEST_ID),
+            expose_headers=(REQUEST_ID,),
+        )
     app.add_middleware(Exchange)
     return app
 

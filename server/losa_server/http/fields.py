@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from losa_runtime.core.errors import InvalidRequest
+from losa_runtime.core.sampling_params import MAX_COUNT
 
+MAX_NAME = 256  # characters of a label, an extra_key, a cache_salt
 _WORDS = {bool: "true or false", int: "an integer", str: "a string"}
 
 
@@ -57,11 +59,19 @@ def per_prompt(body: dict[str, Any], name: str, count: int, kind: type, default:
 def labels(body: dict[str, Any], count: int) -> list[str | None]:
     """`rid`: the client's names for its requests; one name for several prompts gets their numbers behind it."""
     rid = body.get("rid")
-    if isinstance(rid, str) and count > 1:
-        return [f"{rid}_{i}" for i in range(count)]
     values = rid if isinstance(rid, list) else [rid] * count
-    if len(values) != count or not all(v is None or (isinstance(v, str) and len(v) <= 256) for v in values):
-        raise InvalidRequest("rid", rid, f"a string, or one for each of {count} prompts, of at most 256 characters")
+    if len(values) != count or not all(v is None or (isinstance(v, str) and len(v) <= MAX_NAME) for v in values):
+        allowed = f"a string, or one for each of {count} prompts, of at most {MAX_NAME} characters"
+        raise InvalidRequest("rid", rid, allowed)
+    return [f"{rid}_{i}" for i in range(count)] if isinstance(rid, str) and count > 1 else values
+
+
+def priorities(body: dict[str, Any], count: int) -> list[int]:
+    """`priority`: who is served first, where the server goes by it."""
+    values = per_prompt(body, "priority", count, int, 0)
+    for value in values:
+        if abs(value) > MAX_COUNT:
+            raise InvalidRequest("priority", value, f"{-MAX_COUNT} to {MAX_COUNT}")
     return values
 
 
@@ -69,6 +79,9 @@ def namespaces(body: dict[str, Any], count: int) -> list[str]:
     """`extra_key` and `cache_salt` both separate prefix caches; requests share one only if both agree."""
     keys = per_prompt(body, "extra_key", count, str, "")
     salts = per_prompt(body, "cache_salt", count, str, "")
+    for name, values in (("extra_key", keys), ("cache_salt", salts)):
+        if any(len(value) > MAX_NAME for value in values):
+            raise InvalidRequest(name, body[name], f"at most {MAX_NAME} characters")
     return [f"{len(key)}:{key}{salt}" if key or salt else "" for key, salt in zip(keys, salts, strict=True)]
 
 

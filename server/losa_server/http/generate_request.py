@@ -11,8 +11,8 @@ from typing import Any
 
 from losa_runtime.core.errors import InvalidRequest
 from losa_runtime.core.request import MAX_ALTERNATIVES
-from losa_runtime.core.sampling_params import SamplingParams
-from losa_server.http.fields import flag, labels, mapping, namespaces, per_prompt, refuse
+from losa_runtime.core.sampling_params import MAX_COUNT, SamplingParams
+from losa_server.http.fields import flag, labels, mapping, namespaces, per_prompt, priorities, refuse
 from losa_server.http.wishes import Wishes, parse_wishes
 from losa_server.request_manager import Ask
 
@@ -62,7 +62,7 @@ def parse_generate(body: dict[str, Any], max_prompts: int) -> GenerateCall:
     ids = _id_lists(body, count)
     starts = _starts(body, count)
     names = labels(body, count)
-    priorities = per_prompt(body, "priority", count, int, 0)
+    ranks = priorities(body, count)
     spaces = namespaces(body, count)
     if any(wish.trace for wish in wishes) and not stream:
         raise InvalidRequest("sampling_params.custom_params.trace", True, "true with `stream` only")
@@ -81,7 +81,7 @@ def parse_generate(body: dict[str, Any], max_prompts: int) -> GenerateCall:
             logprob_ids=ids[i] if wanted[i] else (),
             trace=wishes[i].trace,
             namespace=spaces[i],
-            priority=priorities[i],
+            priority=ranks[i],
         )
         asks.extend(copies(ask, params.n))
     if len(asks) > max_prompts:
@@ -150,8 +150,8 @@ def _starts(body: dict[str, Any], count: int) -> list[int | None]:
     if len(values) != count:
         raise InvalidRequest("logprob_start_len", value, f"one integer, or one for each of {count} prompts")
     for start in values:
-        if start is not None and (type(start) is not int or start < -1):
-            raise InvalidRequest("logprob_start_len", start, "an integer from -1 (outputs only)")
+        if start is not None and (type(start) is not int or not -1 <= start <= MAX_COUNT):
+            raise InvalidRequest("logprob_start_len", start, "a prompt position, or -1 (outputs only)")
     return values
 
 

@@ -93,7 +93,7 @@ async def server_info(request: Request) -> Response:
     }
     return json_reply(
         {
-            **manager.settings.model_dump(),
+            **manager.settings.model_dump(mode="json"),
             **manager.info,
             "served_model_name": served_name(manager),
             "tp_size": 1,

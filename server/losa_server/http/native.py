@@ -14,6 +14,7 @@ from losa_runtime.core.errors import InvalidRequest
 from losa_server.errors import RequestFailed
 from losa_server.http.body import read_object, unless_disconnected
 from losa_server.http.generate_request import GenerateCall, parse_generate
+from losa_server.http.guard import not_admin
 from losa_server.http.native_answer import native_answer
 from losa_server.http.replies import json_reply
 from losa_server.http.streaming import manager_of, stream_events, visit_of
@@ -83,8 +84,11 @@ async def abort_request(request: Request) -> Response:
         raise InvalidRequest("rid", rid, "a string")
     if everything is not None and type(everything) is not bool:
         raise InvalidRequest("abort_all", everything, "true or false")
+    visit = visit_of(request)
+    if everything and not visit.caller.admin:
+        raise not_admin(visit)
     prefix = "" if everything else rid
-    count = manager_of(request).abort(prefix or "", visit_of(request)) if prefix or everything else 0
+    count = manager_of(request).abort(prefix or "", visit) if prefix or everything else 0
     return json_reply({"aborted": count})
 
 
@@ -114,7 +118,7 @@ async def tokenize(request: Request) -> Response:
     texts: list[Any] = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRequest(field, value, "a string or a list of strings")
-    tokens = [await manager.encode(text) for text in texts]
+    tokens = [await manager.encode(text, field) for text in texts]
     counts = [len(ids) for ids in tokens]
     many = isinstance(value, list)
     return json_reply(

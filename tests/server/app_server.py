@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from types import TracebackType
 from typing import Any, Self
@@ -23,9 +24,13 @@ from tests.server.fake_engine import FakeEngine
 
 
 class AppServer:
-    """Started on entry, stopped on exit. `call` runs a coroutine in the server's event loop."""
+    """Started on entry, stopped on exit. `call` runs a coroutine in the server's event loop.
 
-    def __init__(self, model: str, **settings: Any) -> None:
+    send_buffer: bytes that the kernel holds of an answer that nobody reads; None leaves it to the kernel.
+    """
+
+    def __init__(self, model: str, send_buffer: int | None = None, **settings: Any) -> None:
+        self.send_buffer = send_buffer
         self.settings = ServerSettings(port=0, **{"shutdown_s": 1.0, **settings})
         self.engine = FakeEngine(EngineConfig(model=model, max_queued_requests=600))
         self._up = threading.Event()
@@ -63,6 +68,8 @@ class AppServer:
         await self.client.wait_ready()
         self.manager = RequestManager(self.client, self.engine.tokenizer, self.settings)
         listener = take_port("127.0.0.1", 0)
+        if self.send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.send_buffer)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = uvicorn.Server(http_config(create_app(self.manager), self.settings))
         serving = asyncio.create_task(server.serve(sockets=[listener]))

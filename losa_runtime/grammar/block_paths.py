@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_runtime.grammar.token_automaton import DONE, NOWHERE, TokenAutomaton
+from losa_runtime.grammar.token_automaton import DONE, NOWHERE, TokenAutomaton, TokenRow
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -43,19 +43,27 @@ class Reach:
         """Whether any path can be used."""
         return not self.block.tokens.size or bool(self.edges[0])
 
-    def allowed(self, position: int) -> Ids:
-        """The ids that some usable path has at a hole, sorted. Behind the end of an output: nothing is asked of it,
-        and only the ends themselves are given."""
-        found = [np.empty(0, dtype=np.int64)]
+    def allowed(self, position: int) -> NDArray[np.bool_]:
+        """bool [V]: the ids that some usable path has at a hole. Behind the end of an output nothing is asked, and
+        only the ends themselves are given."""
+        found = np.zeros(self.automaton.vocabulary.size, dtype=bool)
+        seen: set[int] = set()
         for state, targets in self.edges[position].items():
             if state == DONE:
-                found.append(self.automaton.ends)
+                found[self.automaton.ends] = True
                 continue
             row = self.automaton.row(state)
-            bounds = np.append(row.starts, row.ids.size)
-            for group in np.flatnonzero(np.isin(row.targets, targets)):
-                found.append(row.ids[bounds[group] : bounds[group + 1]])
-        return np.unique(np.concatenate(found))
+            if len(targets) < row.targets.size:
+                for group in np.searchsorted(row.targets, targets):
+                    found[row.ids[row.starts[group] : _stop(row, group)]] = True
+            elif id(row.mask_V) not in seen:
+                seen.add(id(row.mask_V))
+                found |= row.mask_V
+        return found
+
+
+def _stop(row: TokenRow, group: int) -> int:
+    return int(row.starts[group + 1]) if group + 1 < row.starts.size else row.ids.size
 
 
 def _forward(automaton: TokenAutomaton, block: Block) -> list[set[int]]:

@@ -6,6 +6,7 @@ block holds behind them is cut off. Knows no block and no probabilities.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -24,11 +25,13 @@ REMEMBERED_TOKENS = 1 << 23  # of rows, per automaton: 128 MiB
 
 class TokenRow(NamedTuple):
     """What may follow in a state. ids: tokens, grouped by the state behind them; the tokens that lead to targets[g] are
-    ids[starts[g] : starts[g + 1]] (the last group: to the end)."""
+    ids[starts[g] : starts[g + 1]] (the last group: to the end). mask_V: bool [V], the same ids; states that allow the
+    same ids share it."""
 
     ids: Ids
     targets: Ids
     starts: Ids
+    mask_V: NDArray[np.bool_]
 
 
 class TokenAutomaton:
@@ -39,6 +42,7 @@ class TokenAutomaton:
         self.ends: Ids = np.array(sorted(ends), dtype=np.int64)
         self._rows: OrderedDict[int, TokenRow] = OrderedDict()
         self._remembered = 0
+        self._masks: dict[bytes, NDArray[np.bool_]] = {}
         self._left: dict[int, int] = {}
 
     def row(self, state: int) -> TokenRow:
@@ -47,10 +51,11 @@ class TokenAutomaton:
         if found is None:
             found = self._make(state)
             self._rows[state] = found
-            self._remembered += found.ids.size
+            self._remembered += self._size(found)
             while self._remembered > REMEMBERED_TOKENS and len(self._rows) > 1:
                 _, oldest = self._rows.popitem(last=False)
-                self._remembered -= oldest.ids.size
+                self._remembered -= self._size(oldest)
+                self._masks.clear()  # rows keep theirs; what is shared is found anew
         self._rows.move_to_end(state)
         return found
 
@@ -103,6 +108,10 @@ class TokenAutomaton:
             seen.update(layer)
         return best
 
+    def _size(self, row: TokenRow) -> int:
+        """In tokens of a list; a mask counts as if it were not shared."""
+        return row.ids.size + row.mask_V.size // 16
+
     def _make(self, state: int) -> TokenRow:
         ids, behind = self.vocabulary.from_state(self.automaton, state)
         usable = ~np.isin(ids, self.ends)
@@ -113,4 +122,7 @@ class TokenAutomaton:
         order = np.lexsort((ids, behind))
         ids, behind = ids[order], behind[order]
         targets, starts = np.unique(behind, return_index=True)
-        return TokenRow(ids, targets, starts)
+        mask_V = np.zeros(self.vocabulary.size, dtype=bool)
+        mask_V[ids] = True
+        key = hashlib.blake2b(np.packbits(mask_V).tobytes(), digest_size=16).digest()
+        return TokenRow(ids, targets, starts, self._masks.setdefault(key, mask_V))

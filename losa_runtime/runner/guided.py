@@ -34,10 +34,12 @@ Floats = NDArray[np.float64]
 
 
 class HoleRows(NamedTuple):
-    """One segment's holes: logp, log-probabilities [n, V], minus infinity = banned; kept, bool [n, V], those that the
-    filters leave; uniform, a random number in [0, 1) per hole; drawn: with temperature."""
+    """One segment's holes: logp, log-probabilities float64 [n, V], minus infinity = banned; p: float32, their
+    exponentials; kept, bool [n, V], those that the filters leave; uniform, a random number in [0, 1) per hole; drawn:
+    with temperature."""
 
     logp_nV: Floats
+    p_nV: NDArray[np.float32]
     kept_nV: NDArray[np.bool_]
     uniform_n: Floats
     drawn: bool
@@ -74,13 +76,14 @@ class GuidedBlocks:
         mine = torch.cat([torch.arange(where.start, where.stop) for where, _ in self._blocks]).to(logits_RV.device)
         some = SamplingRows(*(column[mine] for column in rows))
         logp_nV, kept_nV = log_probabilities(logits_RV[mine], some, bans.of_rows(mine))
+        p = logp_nV.float().exp().cpu().numpy()
         logp, kept, uniform = logp_nV.cpu().numpy(), kept_nV.cpu().numpy(), some.uniform_R.double().cpu().numpy()
         drawn = (some.temperature_R > 0).cpu().numpy()
         first = 0
         for where, block in self._blocks:
             part = slice(first, first + where.stop - where.start)
             first = part.stop
-            found = block.propose(HoleRows(logp[part], kept[part], uniform[part], bool(drawn[part].any())))
+            found = block.propose(HoleRows(logp[part], p[part], kept[part], uniform[part], bool(drawn[part].any())))
             self._proposals.append(found)
             for column, values in zip(columns, found, strict=True):
                 column[where] = torch.from_numpy(values).to(column)
@@ -127,7 +130,7 @@ class GuidedBlock:
         order = np.argsort(-proposal.confidence, kind="stable")
         for n in order[accepted[order]].tolist():
             hole = int(self._holes[n])
-            if tokens[n] not in reach.allowed(hole):
+            if not reach.allowed(hole)[tokens[n]]:
                 tokens[n], _, logprob[n] = self._at(reach, n)
             block[hole] = tokens[n]
             reach = self._guide.reach(self._output, block)
@@ -144,7 +147,8 @@ class GuidedBlock:
         tokens = path[self._holes]
         every = np.arange(tokens.size)
         logprob = rows.logp_nV[every, tokens]
-        confidence = np.array([self._confidence(n, int(token)) for n, token in enumerate(tokens)])
+        allowed = (self._reach.allowed(int(hole)) for hole in self._holes)
+        confidence = np.array([self._confidence(n, int(tokens[n]), mine_V) for n, mine_V in enumerate(allowed)])
         confidence[self._holes > _end(path, self._guide)] = 0.0
         return Proposal(tokens, confidence, _usable(logprob))
 
@@ -152,7 +156,8 @@ class GuidedBlock:
         """Token, confidence and log-probability of one hole by itself."""
         assert self._rows is not None
         hole, logp = int(self._holes[n]), self._rows.logp_nV[n]
-        ids = reach.allowed(hole)
+        allowed_V = reach.allowed(hole)
+        ids = np.flatnonzero(allowed_V)
         weights = _filtered(self._rows, n)[ids]
         if not np.isfinite(weights).any():
             pick = 0
@@ -163,16 +168,14 @@ class GuidedBlock:
             pick = int(np.argmax(weights))
         token = int(ids[pick])
         behind_the_end = set(reach.edges[hole]) == {DONE}
-        confidence = 0.0 if behind_the_end else self._confidence(n, token, ids)
+        confidence = 0.0 if behind_the_end else self._confidence(n, token, allowed_V)
         return token, confidence, float(_usable(logp[token : token + 1])[0])
 
-    def _confidence(self, n: int, token: int, ids: Ids | None = None) -> float:
+    def _confidence(self, n: int, token: int, allowed_V: NDArray[np.bool_]) -> float:
         assert self._rows is not None
-        logp = self._rows.logp_nV[n]
-        if ids is None:
-            ids = self._reach.allowed(int(self._holes[n]))
-        total = np.logaddexp.reduce(logp[ids])
-        return float(np.exp(min(0.0, logp[token] - total))) if np.isfinite(total) else 1.0 / ids.size
+        p = self._rows.p_nV[n]
+        total = float(p[: allowed_V.size] @ allowed_V.astype(np.float32))  # behind lies padding
+        return min(1.0, float(p[token]) / total) if total > 0.0 else 1.0 / int(allowed_V.sum())
 
 
 def _end(path: Ids, guide: OutputGuide) -> int:

@@ -22,7 +22,7 @@ from losa_runtime.grammar.json_schema import UnsupportedSchema, schema_pattern
 from losa_runtime.grammar.token_automaton import FAR, NOWHERE, TokenAutomaton
 from losa_runtime.grammar.vocabulary import Vocabulary
 
-SHARED = 16  # token automata that are kept, see REMEMBERED_TOKENS for what each may hold
+SHARED = 16  # token automata that are kept, see REMEMBERED_BYTES for what each may hold
 
 
 class OutputGuide:

@@ -26,7 +26,6 @@ from losa_runtime.core.work import Ids, WorkItem
 from losa_runtime.decoding.sampling import Bans, Sampled, SamplingRows, log_probabilities
 from losa_runtime.grammar.block_paths import Reach, best_path, draw_path
 from losa_runtime.grammar.guide import OutputGuide
-from losa_runtime.grammar.token_automaton import DONE
 
 FILTERED = 1e4  # taken off a log-probability: far below anything else, and still in order
 
@@ -167,8 +166,7 @@ class GuidedBlock:
         else:
             pick = int(np.argmax(weights))
         token = int(ids[pick])
-        behind_the_end = set(reach.edges[hole]) == {DONE}
-        confidence = 0.0 if behind_the_end else self._confidence(n, token, allowed_V)
+        confidence = 0.0 if reach.only_done(hole) else self._confidence(n, token, allowed_V)
         return token, confidence, float(_usable(logp[token : token + 1])[0])
 
     def _confidence(self, n: int, token: int, allowed_V: NDArray[np.bool_]) -> float:

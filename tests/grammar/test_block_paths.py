@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from losa_runtime.grammar import block_paths, token_automaton
 from losa_runtime.grammar.block_paths import Block, Reach, best_path, draw_path
 from tests.grammar.toy import END, PIECES, TEXT, automaton, can_finish, logp, usable
 
@@ -40,6 +41,25 @@ def test_the_best_path_is_the_best_of_all(pattern: str, known: list[int], room: 
     assert _score(found, holes, probabilities) == pytest.approx(
         max(_score(tokens, holes, probabilities) for tokens in fillings)
     )
+
+
+@given(st.sampled_from(PATTERNS), KNOWN, st.integers(0, 2), st.integers(0, 2**32 - 1))
+@settings(max_examples=100, deadline=None)
+def test_looking_at_the_likeliest_only_still_gives_a_usable_filling(
+    pattern: str, known: list[int], room: int, seed: int
+) -> None:
+    fillings = usable(pattern, known, room)
+    if fillings:
+        holes = [i for i, token in enumerate(known) if token < 0]
+        probabilities = logp(np.random.default_rng(seed), holes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(token_automaton, "WIDE", 1)
+            patch.setattr(block_paths, "LIKELIEST", 2)
+            reach = Reach(automaton(pattern), Block(np.array(known), 0, room))
+            for hole in holes:
+                assert np.flatnonzero(reach.allowed(hole)).tolist() == sorted({tokens[hole] for tokens in fillings})
+            assert tuple(best_path(reach, probabilities)) in fillings
+            assert tuple(draw_path(reach, probabilities, dict.fromkeys(holes, 0.7))) in fillings
 
 
 def test_drawn_paths_have_their_probabilities() -> None:

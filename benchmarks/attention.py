@@ -5,9 +5,10 @@
 First what the machine can do (bytes read and multiply-adds per second) and the least time of each variant that follows
 from its bytes and FLOPs; then all variants in turn, several rounds, so that a busy neighbour troubles all alike. A step
 is one later denoising step of a block, a block is 16 steps and the commit; the time is that of the call a model makes:
-selection, attention, scattering, attention inside the block and merging. `sdpa` is torch's attention over contiguous
-K/V with the heads of a KV group folded into rows. Queries are made up (see attention_data): set `wide` has the union
-of the active rows that --union asks for, or the widest there is; set `figure3` has the overlap of the paper's figure 3.
+selection, attention to the prefix, attention inside the block, merging and remembering. `sdpa` is torch's attention
+over contiguous K/V with the heads of a KV group folded into rows. Queries are made up (see attention_data): set `wide`
+has the union of the active rows that --union asks for, or the widest there is; set `figure3` has the overlap of the
+paper's figure 3.
 The last line is JSON; its ratios are of medians, ratios_best of the best times.
 """
 

@@ -147,7 +147,8 @@ class Runner:
         reports = [report for _, forward in forwards for report in forward.reports]
         stored = dense_need(setting, sum(count for count, _ in forwards))
         attention = _add([stored, *(_attention(setting, report) for report in reports)])
-        needs = {"attention": attention, "selection": _add([_selection(setting, report) for report in reports])}
+        selection = _add([_selection(setting, report) for report in reports])
+        needs = {"attention": attention, "selection": selection, "block+merge": _finish(setting, len(reports))}
         return Sample(seconds, parts, needs, sum(r.kv_density for r in reports) / len(reports))
 
 
@@ -170,6 +171,14 @@ def _selection(setting: Setting, report: SegmentReport) -> Need:
     numbers = read / setting.dtype.itemsize
     flops = 2.0 * numbers * report.active_rows * setting.heads / setting.kv_heads
     return Need(read, {_tile(setting, report.active_rows): flops})
+
+
+def _finish(setting: Setting, blocks: int) -> Need:
+    """Attention inside blocks and the merge: their K/V, and a prefix state per row and head, fresh or remembered."""
+    states = setting.block * setting.heads * (setting.dim + 1) * 4
+    kv = 2 * setting.block * setting.kv_heads * setting.dim * setting.dtype.itemsize
+    flops = 4.0 * setting.dim * setting.heads * setting.block**2
+    return Need(float(blocks * (states + kv)), {_tile(setting, setting.block): blocks * flops})
 
 
 def _tile(setting: Setting, rows: float) -> int:

@@ -30,7 +30,7 @@ from losa_runtime.sparse.method import SparseMethod, declared_summaries, make_me
 
 LAYERS = 2
 
-# Calls of a backend by the part of a step that they belong to; what is left over is host work and scattering.
+# Calls of a backend by the part of a step that they belong to; what is left over is host work.
 PARTS = {
     "changed_rows": "change",
     "select_pages": "selection",

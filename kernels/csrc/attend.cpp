@@ -3,6 +3,9 @@
 #include "attend.h"
 
 #include <algorithm>
+#include <cstring>
+#include <tuple>
+#include <utility>
 
 namespace losa {
 
@@ -71,19 +74,32 @@ void attend_chunk(const Call& call, const Item& item, int64_t chunk, const Bench
                     wanted ? &peaks : nullptr);
 }
 
+// Where the state lies that an item's folded row is merged with: the remembered one, once a new one has replaced it. No
+// other item comes here.
+std::pair<const float*, const float*> other(const Call& call, const Item& item, int i) {
+  const LosaPrefix& states = *call.others->states;
+  const int64_t row = item.row + i / item.heads, number = call.others->fresh[row];
+  const int64_t heads = call.query.heads, head = item.head + i % item.heads;
+  const int64_t kept = (states.place ? states.place[row] : row) * heads + head, fresh = number * heads + head;
+  float *out = states.out + kept * call.dim, *lse = states.lse + kept;
+  if (number >= 0 && (!states.heads || states.heads[fresh])) {
+    std::memcpy(out, states.fresh_out + fresh * call.dim, call.dim * sizeof(float));
+    *lse = states.fresh_lse[fresh];
+  }
+  return {out, lse};
+}
+
 void write(const Call& call, const Item& item, State state) {
   float *out[kRows], *lse[kRows];
   const float *other_out[kRows], *other_lse[kRows];
   const int rows = item.rows * item.heads;
   for (int i = 0; i < rows; ++i) {
-    const int64_t vector = place(call, item, i, call.dim), scalar = place(call, item, i, 1);
-    out[i] = call.out + vector;
-    lse[i] = call.lse ? call.lse + scalar : nullptr;
-    other_out[i] = call.other_out ? call.other_out + vector : nullptr;
-    other_lse[i] = call.other_lse ? call.other_lse + scalar : nullptr;
+    out[i] = call.out + place(call, item, i, call.dim);
+    lse[i] = call.lse ? call.lse + place(call, item, i, 1) : nullptr;
+    if (call.others) std::tie(other_out[i], other_lse[i]) = other(call, item, i);
   }
-  call.level.finish(state, rows, call.dim, out, call.lse ? lse : nullptr, call.other_out ? other_out : nullptr,
-                    call.other_out ? other_lse : nullptr);
+  call.level.finish(state, rows, call.dim, out, call.lse ? lse : nullptr, call.others ? other_out : nullptr,
+                    call.others ? other_lse : nullptr);
 }
 
 void run_item(const Call& call, const Item& item, const Bench& mine) {

@@ -27,9 +27,15 @@ struct Item {
   int64_t position;  // block-causal: position of the first row; -1: every row sees every key
 };
 
+// States over other keys that the rows are merged with. fresh [R]: the number of each row's new state; -1: it has none.
+struct Others {
+  const LosaPrefix* states = nullptr;
+  std::vector<int64_t> fresh;
+};
+
 // Everything the items of one call have in common. rows: as in LosaQuery. out [count, H, D], lse [count, H] or null;
-// other_*: a part over other keys, laid out like out and lse, that is merged in; null: none. peaks [count, H, width]:
-// each row's largest score per page of `page_size` where it reads a whole prefix; null: not wanted.
+// others: null: none. peaks [count, H, width]: each row's largest score per page of `page_size` where it reads a whole
+// prefix; null: not wanted.
 struct Call {
   const Level& level;
   int threads;
@@ -38,7 +44,7 @@ struct Call {
   const LosaQuery& query;
   int64_t block_length;
   float *out, *lse;
-  const float *other_out, *other_lse;
+  const Others* others = nullptr;
   float* peaks = nullptr;
   int64_t width = 0;
   int page_size = 1;

@@ -72,6 +72,37 @@ void prefix_items(std::vector<Item>& items, const LosaPool& pool, const LosaGrou
   }
 }
 
+void check_places(const LosaPrefix& prefix, int64_t rows) {
+  if (!prefix.place) {
+    if (prefix.places != rows)
+      throw Refusal("states of the prefix: found %lld, allowed: %lld", (long long)prefix.places, (long long)rows);
+    return;
+  }
+  std::vector<int64_t> sorted(prefix.place, prefix.place + rows);
+  std::sort(sorted.begin(), sorted.end());
+  for (int64_t r = 0; r < rows; ++r) {
+    if (sorted[r] < 0 || sorted[r] >= prefix.places)
+      throw Refusal("place: found %lld, allowed: 0 to %lld", (long long)sorted[r], (long long)prefix.places - 1);
+    if (r && sorted[r] == sorted[r - 1]) throw Refusal("place: found %lld twice", (long long)sorted[r]);
+  }
+}
+
+// The number of each row among those with a new state, -1 for the others.
+std::vector<int64_t> fresh_of_rows(const LosaPrefix& prefix, int64_t rows) {
+  if (prefix.count < 0 || (!prefix.rows && prefix.count && prefix.count != rows))
+    throw Refusal("fresh states: found %lld, allowed: %lld", (long long)prefix.count, (long long)rows);
+  std::vector<int64_t> fresh(rows, -1);
+  for (int64_t i = 0, before = -1; i < prefix.count; ++i) {
+    const int64_t row = prefix.rows ? prefix.rows[i] : i;
+    if (row <= before || row >= rows)
+      throw Refusal("fresh rows: found %lld after %lld, allowed: sorted, below %lld", (long long)row, (long long)before,
+                    (long long)rows);
+    fresh[row] = i;
+    before = row;
+  }
+  return fresh;
+}
+
 void check_peaks(const LosaPool& pool, const LosaGroup& group, const LosaLists* lists,
                  const std::vector<int64_t>& starts, int64_t width) {
   if (kChunk % pool.page_size)
@@ -103,8 +134,8 @@ extern "C" int losa_prefix(LosaRun* run, const LosaPool* pool, const LosaGroup* 
       check_peaks(*pool, *group, lists, starts, width);
       std::fill(peaks, peaks + query->count * query->heads * width, -std::numeric_limits<float>::infinity());
     }
-    run_items({level, run->threads, pool->k, pool->v, pool->dtype, pool->head_dim, *query, 1, out, lse, nullptr,
-               nullptr, peaks, width, pool->page_size},
+    run_items({level, run->threads, pool->k, pool->v, pool->dtype, pool->head_dim, *query, 1, out, lse, nullptr, peaks,
+               width, pool->page_size},
               items);
   });
 }
@@ -139,15 +170,12 @@ extern "C" int losa_prefill(LosaRun* run, const LosaPool* pool, const LosaGroup*
         first = last;
       }
     std::reverse(items.begin(), items.end());  // the longest first: threads end together
-    run_items({level, run->threads, pool->k, pool->v, pool->dtype, pool->head_dim, *query, block, out, nullptr, nullptr,
-               nullptr},
-              items);
+    run_items({level, run->threads, pool->k, pool->v, pool->dtype, pool->head_dim, *query, block, out, nullptr}, items);
   });
 }
 
 extern "C" int losa_block(LosaRun* run, const LosaQuery* query, const float* k, const float* v, int64_t block_length,
-                          int32_t kv_heads, int32_t head_dim, const float* prefix_out, const float* prefix_lse,
-                          float* out, float* lse) {
+                          int32_t kv_heads, int32_t head_dim, const LosaPrefix* prefix, float* out, float* lse) {
   return guarded(run, [&](const Level& level) {
     check_pool({1, kv_heads, 1, head_dim, LOSA_F32, nullptr, nullptr, nullptr, nullptr});
     check_query(*query, kv_heads);
@@ -163,7 +191,12 @@ extern "C" int losa_block(LosaRun* run, const LosaQuery* query, const float* k, 
         keys.first = row * keys.step + static_cast<int64_t>(g) * head_dim;
         add_items(items, keys, row, block_length, g * (query->heads / kv_heads), query->heads / kv_heads);
       }
-    run_items({level, run->threads, k, v, LOSA_F32, head_dim, *query, 1, out, lse, prefix_out, prefix_lse}, items);
+    Others others;
+    if (prefix) {
+      check_places(*prefix, query->total);
+      others = {prefix, fresh_of_rows(*prefix, query->total)};
+    }
+    run_items({level, run->threads, k, v, LOSA_F32, head_dim, *query, 1, out, lse, prefix ? &others : nullptr}, items);
   });
 }
 

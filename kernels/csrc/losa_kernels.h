@@ -65,6 +65,20 @@ typedef struct {
   int32_t heads, per_row;
 } LosaLists;
 
+// What the R rows of a group know of their prefixes. Row r has the state at place[r] (null: at r; no two at the same)
+// of out [places, H, D] and lse [places, H]. The rows in `rows` [count], sorted (null: all of them), have new ones,
+// fresh_out [count, H, D] and fresh_lse [count, H]: these are taken instead and written to the row's place. heads
+// [count, H]: 1 = so for this head; null: for all. With a count of 0 nothing is written.
+typedef struct {
+  float *out, *lse;
+  int64_t places;
+  const int64_t* place;
+  const float *fresh_out, *fresh_lse;
+  const int64_t* rows;
+  int64_t count;
+  const uint8_t* heads;
+} LosaPrefix;
+
 LOSA_API int losa_abi(void);
 LOSA_API int losa_has_level(int level);
 
@@ -78,11 +92,10 @@ LOSA_API int losa_prefix(LosaRun*, const LosaPool*, const LosaGroup*, const Losa
 LOSA_API int losa_prefill(LosaRun*, const LosaPool*, const LosaGroup*, const LosaQuery*, const int64_t* counts,
                           float* out);
 
-// Attention of each block of B rows to its own k, v [R, G, D], merged with the part over the prefix if there is one
-// (prefix_out [R, H, D] and prefix_lse [R, H], or both null). lse may be null.
+// Attention of each block of B rows to its own k, v [R, G, D]: lse [R, H] (may be null) and out [R, H, D], the latter
+// merged with that to the prefix (null: there is none).
 LOSA_API int losa_block(LosaRun*, const LosaQuery*, const float* k, const float* v, int64_t block_length,
-                        int32_t kv_heads, int32_t head_dim, const float* prefix_out, const float* prefix_lse,
-                        float* out, float* lse);
+                        int32_t kv_heads, int32_t head_dim, const LosaPrefix*, float* out, float* lse);
 
 // Merge two parts over disjoint keys, n vectors of dim each.
 LOSA_API int losa_merge(LosaRun*, int64_t n, int32_t dim, const float* out_a, const float* lse_a, const float* out_b,

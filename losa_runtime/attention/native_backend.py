@@ -99,7 +99,12 @@ class NativeBackend(AttentionBackend):
         self, prefix: PrefixState | RenewedStates, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, group: RowGroup
     ) -> Tensor:
         rows = (_floats(q_RHD), _floats(k_RGD), _floats(v_RGD))
-        return attention.block(self._kernels, *rows, group.block_length, self.scale, self.settle(prefix))[0]
+        if isinstance(prefix, RenewedStates):
+            kept, rows_n = attention.Kept(*prefix.kept, prefix.place_R), known(prefix.rows)
+            fresh = attention.Fresh(*self.settle(prefix.fresh), rows_n, prefix.heads_nH)
+        else:
+            kept, fresh = attention.Kept(*self.settle(prefix)), None
+        return attention.finish_block(self._kernels, *rows, group.block_length, self.scale, kept, fresh)
 
     def kv_scores(
         self, layer: int, q_RHD: Tensor, rows: Tensor, kind: ScoreKind, granule: int, group: RowGroup

@@ -1,9 +1,10 @@
-"""The same random numbers in every order of tests."""
+"""The same random numbers in every order of tests, and a number of threads."""
 
 from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -17,3 +18,12 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64") and find_spec("trit
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads for this test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -71,6 +71,26 @@ CASES: dict[str, tuple[Callable[[World], object], str]] = {
     "prefill of broken blocks": (lambda w: prefilled(w, ints(12, 4)), "whole blocks of 8"),
     "prefill of other rows": (lambda w: prefilled(w, ints(8, 16)), "rows: found 16"),
     "uneven block": (lambda w: blocks(w, 5), "whole blocks of 5"),
+    "states at a place twice": (lambda w: finish(w, place=ints(*range(15), 3)), "place: found 3 twice"),
+    "states behind the memory": (lambda w: finish(w, place=ints(*range(1, 16), 24)), "found 24, allowed: 0 to 23"),
+    "states before the memory": (lambda w: finish(w, place=ints(-1, *range(1, 16))), "place: found -1"),
+    "places of other rows": (lambda w: finish(w, place=ints(1, 2)), "place: found shape"),
+    "places of int32": (lambda w: finish(w, place=ints(*range(16)).int()), "place: found torch.int32"),
+    "states of other rows": (lambda w: finish(w, place=None), "states of the prefix: found 24, allowed: 16"),
+    "states of other heads": (lambda w: finish(w, kept=torch.ones(24, 3, 32)), "kept out: found shape"),
+    "states of double": (lambda w: finish(w, kept=torch.ones(24, 4, 32).double()), "kept out: found torch.float64"),
+    "strided states": (lambda w: finish(w, kept=torch.ones(24, 32, 4).transpose(1, 2)), "kept out: .* not contiguous"),
+    "states without a log-sum-exp": (lambda w: finish(w, lse=torch.ones(24)), "kept lse: found shape"),
+    "unsorted fresh rows": (lambda w: finish(w, rows=ints(3, 1)), "fresh rows: found 1 after 3"),
+    "fresh rows twice": (lambda w: finish(w, rows=ints(3, 3)), "fresh rows: found 3 after 3"),
+    "fresh row behind the end": (lambda w: finish(w, rows=ints(1, 16)), "fresh rows: found 16"),
+    "negative fresh row": (lambda w: finish(w, rows=ints(-1, 1)), "fresh rows: found -1"),
+    "fresh states of other rows": (lambda w: finish(w, rows=ints(1, 2, 3)), "fresh out: found shape"),
+    "fresh states without rows": (lambda w: finish(w, rows=None), "fresh out: found shape"),
+    "fresh states without a log-sum-exp": (lambda w: finish(w, new_lse=torch.ones(2)), "fresh lse: found shape"),
+    "fresh heads of other rows": (lambda w: finish(w, heads=torch.ones(3, 4).bool()), "heads: found shape"),
+    "fresh heads of numbers": (lambda w: finish(w, heads=torch.ones(2, 4)), "heads: found torch.float32"),
+    "a block to finish without heads": (lambda w: finish(w, q=w.q[:, 0].contiguous()), "q: found shape"),
     "pages of double": (lambda w: Pages(w.pages.k.double(), w.pages.v), "k: found torch.float64"),
     "v unlike k": (lambda w: Pages(w.pages.k, w.pages.v[1:]), "v: found shape"),
     "bounds unlike k": (lambda w: Pages(w.pages.k, w.pages.v, w.pages.k), "bounds: found shape"),
@@ -119,6 +139,19 @@ def prefilled(world: World, counts: Tensor) -> None:
 def blocks(world: World, length: int) -> None:
     k = torch.zeros(16, 2, 32)
     attention.block(require_native(), world.q, k, k, length, 1.0)
+
+
+def finish(world: World, **changed: Any) -> None:
+    """A block finished with two fresh rows and a memory of 24 places, which stays as it is."""
+    k = torch.zeros(16, 2, 32)
+    kept, lse = changed.get("kept", torch.ones(24, 4, 32)), changed.get("lse", torch.ones(24, 4))
+    place, rows = changed.get("place", ints(*range(16))), changed.get("rows", ints(1, 2))
+    new = attention.Fresh(torch.zeros(2, 4, 32), changed.get("new_lse", torch.zeros(2, 4)), rows, changed.get("heads"))
+    try:
+        where = (world.block, 1.0, attention.Kept(kept, lse, place), new)
+        attention.finish_block(require_native(), changed.get("q", world.q), k, k, *where)
+    finally:
+        assert bool((kept == 1.0).all() and (lse == 1.0).all())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,12 +6,13 @@ S segments, B block length, R rows of the group, n computed rows, H query heads,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from losa_kernels.native.layout import Pages, Segments, check, query, ref
-from losa_kernels.native.library import CLists, Kernels
+from losa_kernels.native.library import CLists, CPrefix, Kernels
 
 PEAK_CHUNK = 1024  # kChunk in csrc/level.h: a page never lies in two chunks
 
@@ -78,31 +79,80 @@ def prefill(kernels: Kernels, pages: Pages, segments: Segments, q_RHD: Tensor, c
 
 
 def block(
+    kernels: Kernels, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, block_length: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of each B rows to their own k, v, all float32: out [R, H, D], lse [R, H]. Raises ValueError."""
+    lse = torch.empty(q_RHD.shape[:2])
+    return _block(kernels, q_RHD, k_RGD, v_RGD, block_length, scale, None, lse), lse
+
+
+class Kept(NamedTuple):
+    """Prefix states of earlier steps, out [Y, H, D] and lse [Y, H] float32; row r has place[r], int64 [R], no two the
+    same (None: its own number, and Y is R)."""
+
+    out: Tensor
+    lse: Tensor
+    place: Tensor | None = None
+
+
+class Fresh(NamedTuple):
+    """New prefix states, out [n, H, D] and lse [n, H] float32, of the sorted `rows`, int64 [n] (None: all), and for
+    which heads they count, bool [n, H] (None: all)."""
+
+    out: Tensor
+    lse: Tensor
+    rows: Tensor | None = None
+    heads: Tensor | None = None
+
+
+def finish_block(
     kernels: Kernels,
     q_RHD: Tensor,
     k_RGD: Tensor,
     v_RGD: Tensor,
     block_length: int,
     scale: float,
-    prefix_state: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of each B rows to their own k, v, all float32: out [R, H, D], lse [R, H].
+    kept: Kept,
+    fresh: Fresh | None = None,
+) -> Tensor:
+    """Attention of each row to its prefix and its block, all float32: out [R, H, D]. Raises ValueError.
 
-    prefix_state: a part over other keys (out [R, H, D], lse [R, H]) that `out` is merged with; lse stays the block's.
+    The prefix state of a row is its fresh one, which then becomes the kept one, or else the kept one.
     """
+    rows, *shape = check("q", q_RHD, (None, None, None), torch.float32).shape
+    check("kept out", kept.out, (None, *shape), torch.float32)
+    check("kept lse", kept.lse, (kept.out.shape[0], shape[0]), torch.float32)
+    at_place = None if kept.place is None else check("place", kept.place, (rows,), torch.int64).data_ptr()
+    states = CPrefix(kept.out.data_ptr(), kept.lse.data_ptr(), kept.out.shape[0], at_place)
+    if fresh is not None:
+        count = rows if fresh.rows is None else check("rows", fresh.rows, (None,), torch.int64).shape[0]
+        states.fresh_out = check("fresh out", fresh.out, (count, *shape), torch.float32).data_ptr()
+        states.fresh_lse = check("fresh lse", fresh.lse, (count, shape[0]), torch.float32).data_ptr()
+        states.rows = None if fresh.rows is None else fresh.rows.data_ptr()
+        states.count = count
+        if fresh.heads is not None:
+            states.heads = check("heads", fresh.heads, (count, shape[0]), torch.bool).data_ptr()
+    return _block(kernels, q_RHD, k_RGD, v_RGD, block_length, scale, states, None)
+
+
+def _block(
+    kernels: Kernels,
+    q_RHD: Tensor,
+    k_RGD: Tensor,
+    v_RGD: Tensor,
+    block_length: int,
+    scale: float,
+    states: CPrefix | None,
+    lse: Tensor | None,
+) -> Tensor:
     check("k", k_RGD, (q_RHD.shape[0], None, None), torch.float32)
     check("v", v_RGD, tuple(k_RGD.shape), torch.float32)
     asked = query(q_RHD, None, k_RGD.shape[2], scale)
-    out, lse = torch.empty_like(q_RHD), torch.empty(q_RHD.shape[:2])
-    other = [None, None]
-    if prefix_state is not None:
-        shapes = (tuple(q_RHD.shape), tuple(q_RHD.shape[:2]))
-        parts = zip(("prefix out", "prefix lse"), prefix_state, shapes, strict=True)
-        other = [check(name, x, shape, torch.float32).data_ptr() for name, x, shape in parts]  # type: ignore[misc]
-    sizes = (block_length, k_RGD.shape[1], k_RGD.shape[2])
-    places = (k_RGD.data_ptr(), v_RGD.data_ptr(), *sizes, *other, out.data_ptr(), lse.data_ptr())
-    kernels.call("losa_block", ref(asked.c), *places)
-    return out, lse
+    out = torch.empty_like(q_RHD)
+    places = (k_RGD.data_ptr(), v_RGD.data_ptr(), block_length, k_RGD.shape[1], k_RGD.shape[2])
+    into = (out.data_ptr(), None if lse is None else lse.data_ptr())
+    kernels.call("losa_block", ref(asked.c), *places, None if states is None else ref(states), *into)
+    return out
 
 
 def merge(kernels: Kernels, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:

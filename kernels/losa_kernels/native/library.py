@@ -87,11 +87,30 @@ class CLists(ctypes.Structure):
     )
 
 
+class CPrefix(ctypes.Structure):
+    """LosaPrefix."""
+
+    _fields_ = (
+        ("out", c_void_p),
+        ("lse", c_void_p),
+        ("places", c_int64),
+        ("place", c_void_p),
+        ("fresh_out", c_void_p),
+        ("fresh_lse", c_void_p),
+        ("rows", c_void_p),
+        ("count", c_int64),
+        ("heads", c_void_p),
+    )
+
+
 _RUN, _POOL, _GROUP, _QUERY = POINTER(CRun), POINTER(CPool), POINTER(CGroup), POINTER(CQuery)
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "losa_prefix": (_RUN, _POOL, _GROUP, _QUERY, POINTER(CLists), c_void_p, c_void_p, c_void_p, c_int64),
     "losa_prefill": (_RUN, _POOL, _GROUP, _QUERY, c_void_p, c_void_p),
-    "losa_block": (_RUN, _QUERY, c_void_p, c_void_p, c_int64, c_int32, c_int32, *(c_void_p,) * 4),
+    "losa_block": (
+        *(_RUN, _QUERY, c_void_p, c_void_p),
+        *(c_int64, c_int32, c_int32, POINTER(CPrefix), c_void_p, c_void_p),
+    ),
     "losa_merge": (_RUN, c_int64, c_int32, *(c_void_p,) * 5),
     "losa_page_scores": (_RUN, _POOL, _GROUP, _QUERY, c_int64, c_void_p),
     "losa_select_pages": (

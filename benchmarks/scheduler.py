@@ -33,7 +33,7 @@ from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
 from losa_runtime.core.decoding_params import DecodingParams
 from losa_runtime.core.request import Request
 from losa_runtime.core.sampling_params import SamplingParams
-from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem
+from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem, nothing
 from losa_runtime.runner.model_runner import ModelRunner
 from losa_runtime.scheduler.req import Req, ReqSettings
 from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -155,7 +155,7 @@ def _round(scheduler: Scheduler, runner: ModelRunner, clock: Clock) -> None:
 
 def _stub(work: Round) -> list[BlockResult]:
     """Two tokens per block and step, as if a model had said so."""
-    return [_accept(item) for item in work.items if not item.mode.stores]
+    return [nothing() if item.mode.stores else _accept(item) for item in work.items]
 
 
 def _accept(item: WorkItem) -> BlockResult:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
 
@@ -77,12 +78,14 @@ class Parts(NamedTuple):
             "max_total_tokens": pool.num_pages * pool.page_size,
             "kv_pool_bytes": pool.num_pages * _page_bytes(model, pool.page_size, pool.dtype, pool.summaries),
             "max_running_requests": config.max_running_requests,
+            "max_queued_requests": config.max_queued_requests,
             "chunked_prefill_size": config.chunked_prefill_size,
             "radix_cache": self.cache.reuse,
             "radix_eviction_policy": config.radix_eviction_policy,
             "schedule_policy": config.schedule_policy,
             "deterministic": config.deterministic,
             "fused_commit": not config.disable_fused_commit,
+            "debug_poison_pages": config.debug_poison_pages,
             "sparse_method": config.sparse_method,
             "sparse_methods": list(self.runner.methods),
             "token_budget": self.sparse.token_budget,
@@ -155,6 +158,8 @@ def assemble(config: EngineConfig) -> Parts:
         device=device,
         summaries=declared_summaries(offered),
     )
+    if config.debug_poison_pages:
+        pool.poison(np.arange(num_pages, dtype=np.int64))
     backend = make_backend(config.attention_backend, backend_config, pool)
     unmasker = Unmasker(model, model_config.mask_token_id, tokenizer.vocab_size, model_config.block_length)
     eos = model_config.eos_token_ids or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
@@ -168,6 +173,7 @@ def assemble(config: EngineConfig) -> Parts:
             model_config.block_length,
             reuse=not config.disable_radix_cache,
             by_frequency=config.radix_eviction_policy == "lfu",
+            on_free=pool.poison if config.debug_poison_pages else None,
         ),
         runner=ModelRunner(model, backend, make_methods(geometry, offered), unmasker, device),
         geometry=geometry,

@@ -1,7 +1,8 @@
 """The heart on one screen: `step` = schedule, run, commit. Knows no socket and no prompt text.
 
 Loads model, tokenizer, pools and methods once, settles every request's parameters when it arrives, and from then on
-only moves rounds between the scheduler and the runner.
+only moves rounds between the scheduler and the runner. A forward that raises is undone and tried request by request, so
+that one request's trouble stays its own; if the engine itself is the trouble, it says so and is to be replaced.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import time
 import numpy as np
 
 from losa_runtime.assembly import Parts, assemble
+from losa_runtime.core.batch import ForwardMode
 from losa_runtime.core.config import EngineConfig
-from losa_runtime.core.errors import InvalidRequest
+from losa_runtime.core.errors import EngineBroken, InvalidRequest
 from losa_runtime.core.request import Request, RequestOutput
 from losa_runtime.core.sampling_params import SamplingParams
+from losa_runtime.core.work import BlockResult, Round, RowContext, WorkItem
 from losa_runtime.decoding.penalties import check_logit_bias
 from losa_runtime.decoding.registry import resolve as resolve_decoding
 from losa_runtime.grammar.guide import Guides
@@ -30,6 +33,8 @@ from losa_runtime.tokenizer import Detokenizer
 logger = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 10.0
+# So many requests in a row that raise alone, without a forward that succeeds in between, are not to blame themselves.
+FAILURES_IN_A_ROW = 8
 
 
 class Engine:
@@ -56,29 +61,75 @@ class Engine:
         )
         self._arrivals = 0
         self._next_check = 0.0
-        self._forwards = self._generated = 0
+        self.forwards = self._generated = 0
+        self.undone = 0  # forwards that raised
+        self._failures = 0  # requests in a row that raised alone
         self._read = ReadSum()
         self._guides = Guides(self._text_of_ids)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """One round: schedule, run, commit."""
+        """One round: schedule, run, commit. Raises EngineBroken when there is no going on."""
         work = self.scheduler.schedule()
-        results = self.parts.runner.run(work)
-        outputs = self.scheduler.commit(results)
-        self._forwards += bool(work.items)
-        self._read.add(result.cost for result in results if result.cost is not None)
+        outputs = self.scheduler.commit(self._run(work))
         self._generated += sum(len(output.token_ids) for output in outputs)
-        self._check_when_idle()
         return outputs
 
-    def _check_when_idle(self) -> None:
-        """Every page in one hand? Asked in production too, but rarely: the last answer before idling waits for it."""
+    def _run(self, work: Round) -> list[BlockResult]:
+        """The results of a round; none, and the round undone, if it raised."""
+        try:
+            results = self.parts.runner.run(work)
+        except Exception as error:
+            logger.exception("a forward over %d segments raised", len(work.items))
+            self._undo(f"{type(error).__name__}: {error}")
+            return []
+        if work.items:
+            self.forwards += 1
+            self._failures = 0
+        self._read.add(result.cost for result in results if result.cost is not None)
+        return results
+
+    def _undo(self, reason: str) -> None:
+        """Leave it to the scheduler to find the request that raises; unless every request does."""
+        self.undone += 1
+        suspects = self.scheduler.undo()
+        if suspects and all(self.scheduler.is_live(rid) for rid in suspects):
+            logger.warning("the requests of that forward are tried one by one: %s", ", ".join(suspects))
+            return
+        self._failures += 1
+        if not suspects or self._failures >= FAILURES_IN_A_ROW or not self._answers():
+            raise EngineBroken(f"the engine failed: {reason}", suspects)
+        logger.warning("request %s raised alone and has ended", suspects[0])
+
+    def _answers(self) -> bool:
+        """Whether a forward that touches nobody's pages and state, one masked block at position 0, succeeds."""
+        mask, nobody = self.parts.model_config.mask_token_id, np.empty(0, dtype=np.int32)
+        block = np.full(self.parts.model_config.block_length, mask, dtype=np.int64)
+        none, first = block[:0], np.zeros(1, dtype=np.int64)
+        context = RowContext(SamplingParams(), 0, (), (), 0, nobody, nobody)
+        probe = WorkItem(ForwardMode.SCORE, block, 0, none, candidates=first, target=0, context=context)
+        try:
+            self.parts.runner.run(Round((probe,), ()))
+        except Exception:
+            logger.exception("a forward of one masked block raised, too")
+            return False
+        return True
+
+    def rest(self) -> None:
+        """Call when no work is left: forgets method state of the last requests and asks, at most every 10 s, whether
+        every page is in one hand. Raises EngineBroken if one is not."""
+        if self.scheduler.has_work:
+            return
+        self.parts.runner.release(self.scheduler.released())
         now = time.monotonic()
-        if not self.scheduler.has_work and now >= self._next_check:
+        if now < self._next_check:
+            return
+        self._next_check = now + CHECK_INTERVAL_S
+        try:
             self.parts.cache.check()
-            self._next_check = now + CHECK_INTERVAL_S
+        except AssertionError as error:
+            raise EngineBroken(f"the page pool is not in order: {error}") from error
 
     def has_work(self) -> bool:
         """True while a request is live or an ending has not been reported."""
@@ -209,7 +260,8 @@ class Engine:
             "cached_tokens": scheduler.hit_tokens,
             "cache_hit_rate": scheduler.hit_tokens / max(1, scheduler.prompt_tokens),
             "requests": self._arrivals,
-            "forwards": self._forwards,
+            "forwards": self.forwards,
+            "undone_forwards": self.undone,
             "generated_tokens": self._generated,
             **self._read.stats(),
         }

@@ -114,6 +114,8 @@ class LLM:
             while self.engine.has_work():  # only endings to be collected: nothing is left to run
                 self.engine.step()
             raise
+        finally:
+            self.engine.rest()
         return news
 
     def _add(self, where: str, request: Request) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from losa_runtime.cache import host_memory
+from losa_runtime.cache.page_pool import PageIds
 
 SUMMARY_VECTORS = 2  # D-vectors of a summary per page and KV head
 
@@ -75,6 +76,12 @@ class KVPool:
     def summary(self, layer: int, kind: Summary) -> Tensor:
         """A declared summary of a layer, [P, G, 2, D]. Meaningful only for pages that hold stored keys."""
         return self._summary[kind][layer]
+
+    def poison(self, pages: PageIds) -> None:
+        """Fill pages and their summaries with NaN, so that whoever reads them unwritten shows (for debugging)."""
+        index = torch.from_numpy(pages).to(self.device)
+        for tensor in (*self._k, *self._v, *(tensor for layers in self._summary.values() for tensor in layers)):
+            tensor.index_fill_(0, index, torch.nan)
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.device.type == "cpu":

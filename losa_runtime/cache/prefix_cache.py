@@ -6,6 +6,8 @@ own. `publish` hands finished units to the tree, `close` gives everything back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from losa_runtime.cache.page_pool import PageIds, PagePool
@@ -32,17 +34,25 @@ class Lease:
 class PrefixCache:
     """The pool and the tree together.
 
-    by_frequency: see RadixCache. reuse=False keeps the leases but shares nothing between requests.
+    by_frequency: see RadixCache. reuse=False keeps the leases but shares nothing between requests. on_free: is told of
+    pages that come free (for debugging: what they hold must never be read again).
     """
 
     def __init__(
-        self, num_pages: int, page_size: int, block_length: int, reuse: bool = True, by_frequency: bool = False
+        self,
+        num_pages: int,
+        page_size: int,
+        block_length: int,
+        reuse: bool = True,
+        by_frequency: bool = False,
+        on_free: Callable[[PageIds], None] | None = None,
     ) -> None:
         assert page_size % block_length == 0 or block_length % page_size == 0
         self.page_size, self.unit, self.reuse = page_size, max(page_size, block_length), reuse
         self.pool = PagePool(num_pages)
         self.tree = RadixCache(self.unit, page_size, by_frequency)
         self._leases: set[Lease] = set()
+        self._on_free = on_free
         self.evicted_pages = 0
 
     @property
@@ -77,7 +87,7 @@ class PrefixCache:
         if need > self.pool.free:
             freed = self.tree.evict(need - self.pool.free)
             self.evicted_pages += freed.size
-            self.pool.give(freed)
+            self._free(freed)
         lease.pages[lease.count : lease.count + need] = self.pool.take(need)
         lease.count += need
         return True
@@ -94,18 +104,30 @@ class PrefixCache:
         duplicates = lease.pages[lease.shared : present // self.page_size].copy()
         lease.pages[:count] = handle.pages
         lease.handle, lease.shared = handle, count
-        self.pool.give(duplicates)
+        self._free(duplicates)
+
+    def condemn(self, lease: Lease, keep: int) -> None:
+        """Take what the lease holds behind its first `keep` tokens out of the tree, whoever stored it: it may be wrong.
+
+        It stays with the lease (and with others that already share it) until it is closed, and is not found again.
+        """
+        self._free(self.tree.condemn(lease.handle, keep))
 
     def close(self, lease: Lease) -> None:
         """Give back everything the lease holds. What was published stays in the tree."""
-        self.pool.give(lease.pages[lease.shared : lease.count].copy())
-        self.tree.unlock(lease.handle)
+        self._free(lease.pages[lease.shared : lease.count].copy())
+        self._free(self.tree.unlock(lease.handle))
         lease.count = lease.shared = 0
         self._leases.remove(lease)
 
     def flush(self) -> None:
         """Drop every prefix that no lease holds."""
-        self.pool.give(self.tree.evict(self.tree.cached_pages))
+        self._free(self.tree.evict(self.tree.cached_pages))
+
+    def _free(self, pages: PageIds) -> None:
+        self.pool.give(pages)
+        if self._on_free is not None and pages.size:
+            self._on_free(pages)
 
     @property
     def owned_pages(self) -> int:

@@ -2,7 +2,8 @@
 
 A token's K/V depends on its whole diffusion block, so everything here - match, split, insert, evict - happens in
 units of max(page_size, block_length) tokens, anchored at position 0. The tree owns the pages in its nodes until it
-gives them back from `evict`. Locks run from a node to the root: a locked path is never evicted.
+gives them back: from `evict`, or, if they were condemned, as soon as nobody holds them. Locks run from a node to the
+root: a locked path is never evicted.
 Token comparison is numpy on whole edges and child lookup is by the bytes of the first unit: no walk over tokens.
 """
 
@@ -23,15 +24,30 @@ _NO_PAGES: PageIds = np.empty(0, dtype=np.int64)
 
 
 class Node:
-    """An edge and its end: `tokens` (a multiple of the unit) and the pages that hold their K/V."""
+    """An edge and its end: `tokens` (a multiple of the unit) and the pages that hold their K/V.
 
-    __slots__ = ("children", "hits", "last_used", "locks", "namespace", "offered", "pages", "parent", "tokens")
+    condemned: out of the tree, like everything below; lives until its last lock goes.
+    """
+
+    __slots__ = (
+        "children",
+        "condemned",
+        "hits",
+        "last_used",
+        "locks",
+        "namespace",
+        "offered",
+        "pages",
+        "parent",
+        "tokens",
+    )
 
     def __init__(self, parent: Node | None, tokens: TokenIds, pages: PageIds, last_used: int) -> None:
         self.parent, self.tokens, self.pages, self.last_used = parent, tokens, pages, last_used
         self.children: dict[bytes, Node] = {}
         self.locks = self.hits = 0
         self.namespace = ""  # of a root
+        self.condemned: bool = parent is not None and parent.condemned
         self.offered = False  # has an entry in the tree's heap of eviction candidates
 
 
@@ -58,7 +74,8 @@ class RadixCache:
         self._clock = 0
         self._candidates: list[tuple[int, int, int, Node]] = []  # lazy heap of (*rank, tie, leaf)
         self._tie = 0
-        self.cached_pages = 0  # pages in the tree
+        self._condemned: set[Node] = set()  # the topmost ones; their parents do not know them any more
+        self.cached_pages = 0  # pages in the tree and in condemned nodes
         self.evictable_pages = 0  # of those, on no locked path
 
     def match(self, namespace: str, tokens: TokenIds) -> CacheHandle:
@@ -114,14 +131,67 @@ class RadixCache:
         for node in self._path(handle.node):
             self._lock_node(node)
 
-    def unlock(self, handle: CacheHandle) -> None:
-        """Undo one `lock`."""
-        for node in self._path(handle.node):
+    def unlock(self, handle: CacheHandle) -> PageIds:
+        """Undo one `lock`. Returns the pages of condemned nodes that nobody holds any more."""
+        freed: list[PageIds] = []
+        for node in list(self._path(handle.node)):
             assert node.locks > 0, "unlock without lock"
             node.locks -= 1
-            if node.locks == 0:
+            if node.locks == 0 and node.condemned:
+                freed.append(self._drop(node))
+            elif node.locks == 0:
                 self.evictable_pages += node.pages.size
                 self._offer(node)
+        return np.concatenate(freed) if freed else _NO_PAGES
+
+    def condemn(self, handle: CacheHandle, keep: int) -> PageIds:
+        """Take what lies behind the first `keep` tokens of a locked path out of the tree, with all that follows it.
+
+        Nobody will find it again; who holds a lock on part of it keeps that part until `unlock`. Returns the pages
+        that nobody holds.
+        """
+        assert keep % self.unit == 0
+        top, end = None, 0
+        for node in reversed(list(self._path(handle.node))):
+            end += node.tokens.size
+            if end > keep:
+                top = node
+                break
+        if top is None or top.condemned:
+            return _NO_PAGES
+        if end - top.tokens.size < keep:
+            self._split(top, keep - (end - top.tokens.size))  # `top` goes on as the lower part
+        parent = top.parent
+        assert parent is not None and top.locks > 0
+        del parent.children[self._key(top.tokens, 0)]
+        if parent.parent is None and not parent.children:
+            self._roots.pop(parent.namespace, None)
+        self._condemned.add(top)
+        return self._condemn_below(top)
+
+    def _condemn_below(self, top: Node) -> PageIds:
+        """Mark a subtree; the pages of those of its nodes that nobody holds, which are dropped."""
+        freed: list[PageIds] = []
+        stack = [top]
+        while stack:
+            node = stack.pop()
+            node.condemned = True
+            stack.extend(node.children.values())
+            if node.locks == 0:
+                self.evictable_pages -= node.pages.size
+                freed.append(self._drop(node))
+        return np.concatenate(freed) if freed else _NO_PAGES
+
+    def _drop(self, node: Node) -> PageIds:
+        """Let a condemned node without locks go."""
+        if node in self._condemned:
+            self._condemned.remove(node)
+        else:
+            assert node.parent is not None
+            del node.parent.children[self._key(node.tokens, 0)]
+        node.parent = None
+        self.cached_pages -= node.pages.size
+        return node.pages
 
     def evict(self, count: int) -> PageIds:
         """Drop unlocked leaves, oldest first, until at least `count` pages came free or none is left."""
@@ -151,8 +221,9 @@ class RadixCache:
         return np.concatenate(freed) if freed else _NO_PAGES
 
     def nodes(self) -> Iterator[Node]:
-        """Every node with pages. For integrity checks and statistics."""
+        """Every node with pages, condemned ones too. For integrity checks and statistics."""
         stack = [child for root in self._roots.values() for child in root.children.values()]
+        stack += self._condemned
         while stack:
             node = stack.pop()
             yield node

@@ -109,6 +109,9 @@ class EngineConfig(BaseModel):
     threshold: float = option(0.9, DECODING, "confidence above which the dynamic algorithm accepts", ge=0.0, le=1.0)
     denoising_steps: int | None = option(None, DECODING, "planned steps per block (default: the block length)", gt=0)
 
+    debug_poison_pages: bool = option(
+        False, MEMORY, "fill free pages with NaN, so that whoever reads one by mistake gets an error; slow"
+    )
     show_progress: bool = True
 
     @classmethod

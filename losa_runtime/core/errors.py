@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -22,6 +22,14 @@ class CheckpointError(LosaError):
 
 class QueueFull(LosaError):
     """The waiting queue is at its limit; the request was not accepted and may be sent again later."""
+
+
+class EngineBroken(LosaError):
+    """The engine cannot go on: start another. suspects: ids of the requests that it was working on when that showed."""
+
+    def __init__(self, message: str, suspects: Collection[str] = ()) -> None:
+        self.suspects = frozenset(suspects)
+        super().__init__(message)
 
 
 class InvalidRequest(LosaError):

@@ -88,10 +88,10 @@ class SegmentCost(NamedTuple):
 
 
 class BlockResult(NamedTuple):
-    """The outcome of one block segment. offsets: accepted candidates; tokens, logprobs: theirs. For SCORE: the score
-    of the one candidate. cost: of a denoising step, not of SCORE. error: why the segment has no usable result
-    (not-a-number logits); offsets, tokens and logprobs are then empty. alternatives: one beside each logprob, where
-    the request wants them."""
+    """The outcome of one segment. offsets: accepted candidates; tokens, logprobs: theirs; for SCORE: the score of the
+    one candidate; empty for a store segment. cost: of a denoising step, else None. error: why the segment has no usable
+    result (logits, or K/V that were stored, are not numbers); offsets, tokens and logprobs are then empty.
+    alternatives: one beside each logprob, where the request wants them."""
 
     offsets: Ids
     tokens: Ids
@@ -99,3 +99,9 @@ class BlockResult(NamedTuple):
     cost: SegmentCost | None = None
     error: str | None = None
     alternatives: tuple[Alternatives, ...] | None = None
+
+
+def nothing(error: str | None = None) -> BlockResult:
+    """The result of a segment that has brought no token."""
+    none = np.empty(0, dtype=np.int64)
+    return BlockResult(none, none, none.astype(np.float64), error=error)

@@ -5,19 +5,22 @@ The only room that knows model, methods, backend and decoding at once. Knows no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend
 from losa_runtime.core.batch import ForwardBatch, ForwardMode, Segment
-from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem
+from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem, nothing
 from losa_runtime.models.model import BlockDiffusionModel
 from losa_runtime.runner.unmask import Unmasker
 from losa_runtime.sparse.attend import SparseAttend
 from losa_runtime.sparse.density import SegmentReport
 from losa_runtime.sparse.method import SparseMethod
+
+_BROKEN = "the model's keys and values for this request are not finite; the request was ended"
 
 
 class ModelRunner:
@@ -34,12 +37,16 @@ class ModelRunner:
         self.model, self.backend, self.methods = model, backend, methods
         self._unmasker, self._device = unmasker, device
 
+    def release(self, slots: Iterable[int]) -> None:
+        """Forget the method state of these slots, whether or not there is any."""
+        for slot in slots:
+            for method in self.methods.values():
+                method.release(slot)
+
     @torch.inference_mode()
     def run(self, work: Round) -> list[BlockResult]:
-        """One forward over the round's segments; one result per block segment, in order."""
-        for method in self.methods.values():
-            for slot in work.released:
-                method.release(slot)
+        """One forward over the round's segments; one result per segment, in order."""
+        self.release(work.released)
         if not work.items:
             return []
         batch = self.tensors(work.items)
@@ -48,10 +55,19 @@ class ModelRunner:
         blocks = [item for item in work.items if not item.mode.stores]
         results = self._unmasker(blocks, hidden_TC[batch.stored :])
         reports = attend.report()
-        return [
+        return self.stored(batch, hidden_TC) + [
             result if item.mode is ForwardMode.SCORE else result._replace(cost=_cost(report))
             for item, result, report in zip(blocks, results, reports, strict=True)
         ]
+
+    def stored(self, batch: ForwardBatch, hidden_TC: Tensor) -> list[BlockResult]:
+        """One result per store segment. What is no number in a row's K/V of any layer is none in its last hidden state,
+        as the row attends to itself; so this finds broken K/V before anybody shares them."""
+        if batch.stored == 0:
+            return []
+        sound_T = hidden_TC[: batch.stored].isfinite().all(-1).cpu().numpy()
+        stores = [segment for segment in batch.segments if segment.mode.stores]
+        return [nothing() if sound_T[s.start : s.stop].all() else nothing(_BROKEN) for s in stores]
 
     def tensors(self, items: Sequence[WorkItem]) -> ForwardBatch:
         """The ragged rows of a round on the device."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from losa_runtime.core.batch import ForwardMode
 from losa_runtime.core.request import Alternatives
-from losa_runtime.core.work import BlockResult, RowContext, WorkItem
+from losa_runtime.core.work import BlockResult, RowContext, WorkItem, nothing
 from losa_runtime.decoding.algorithm import Candidates, DecodingAlgorithm, accept
 from losa_runtime.decoding.penalties import PenaltyRows, has_penalties, penalise
 from losa_runtime.decoding.registry import load_algorithm
@@ -76,7 +76,7 @@ class Unmasker:
         except UnusableLogits as error:
             owners = np.repeat(np.arange(len(chunk)), sizes)
             bad = {int(owners[row]) for row in error.rows}
-            results = {chunk[i]: _failed() for i in bad}
+            results = {chunk[i]: nothing(_UNUSABLE) for i in bad}
             good = [i for i in range(len(chunk)) if i not in bad]
             if good:
                 keep = torch.from_numpy(~np.isin(owners, list(bad))).to(logits_RV.device)
@@ -118,7 +118,7 @@ class Unmasker:
                 np.array([logprob]),
                 alternatives=None if others is None else (others,),
             )
-            results[s] = result if np.isfinite(logprob) else _failed()
+            results[s] = result if np.isfinite(logprob) else nothing(_UNUSABLE)
         return results
 
     def _sample(
@@ -217,8 +217,3 @@ def _chosen(others: Sequence[Alternatives | None], yes: np.ndarray) -> tuple[Alt
     """Those of the accepted rows of one segment; None where its request wants none."""
     chosen = [other for other, accepted in zip(others, yes, strict=True) if accepted]
     return tuple(other for other in chosen if other is not None) or None
-
-
-def _failed() -> BlockResult:
-    nothing = np.empty(0, dtype=np.int64)
-    return BlockResult(nothing, nothing, nothing.astype(np.float64), error=_UNUSABLE)

@@ -17,6 +17,15 @@ from losa_runtime.scheduler.costs import CostSum
 from losa_runtime.text_stream import TextStream
 
 
+class Progress(NamedTuple):
+    """How far a request has come; grows with every forward that it takes part in, unless its block starts again."""
+
+    committed: int
+    scored: int
+    length: int
+    step: int
+
+
 class ReqSettings(NamedTuple):
     """What the engine has settled for a request before it is queued.
 
@@ -41,7 +50,8 @@ class Req:
 
     tokens[:length] are the prompt and the output of finished blocks; `committed` of them have K/V in pages of `lease`
     (a multiple of B). `block` is the one being denoised, `opening` the next one while it shares the commit's forward.
-    `slot` indexes method state while the request runs, -1 else.
+    `slot` indexes method state while the request runs, -1 else. The K/V of the first `trusted` tokens were there before
+    this request came; what lies behind, it may have stored itself.
     """
 
     def __init__(self, request: Request, settings: ReqSettings, order: int, block_length: int) -> None:
@@ -54,6 +64,7 @@ class Req:
         self.tokens: NDArray[np.int32] = np.zeros(blocks * block_length, dtype=np.int32)
         self.tokens[: self.length] = prompt
         self.committed = 0
+        self.trusted = self.tokens.size
         self.lease: Lease | None = None
         self.slot = -1
         self.block: DiffusionBlock | None = None
@@ -95,6 +106,14 @@ class Req:
             return range(0)
         return range(score.start + len(self.scores), self.prompt_len)
 
+    @property
+    def progress(self) -> Progress:
+        """See there."""
+        unfinished = self.block is not None and not self.block.complete
+        return Progress(
+            self.committed, len(self.scores), self.length, self.block.step if unfinished and self.block else 0
+        )
+
     def open_block(self, start: int, mask_token_id: int) -> DiffusionBlock:
         """The block at `start`, with the known tokens behind it."""
         known: Ids = self.tokens[start : max(start, self.length)].astype(np.int64)
@@ -115,6 +134,13 @@ class Req:
             logprob_ids=self.request.logprob_ids,
             guide=self.settings.guide,
         )
+
+    def reopen(self) -> None:
+        """Forget the steps of an unfinished block, whose method state can no longer be trusted: as in `rewind`, it
+        comes out the same. A finished block is stored again."""
+        if self.block is not None and not self.block.complete:
+            self.block = None
+        self.opening = None
 
     def rewind(self) -> None:
         """Forget pages and the block in the making, keep finished tokens: random numbers are a function of (seed,

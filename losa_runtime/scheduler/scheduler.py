@@ -2,12 +2,15 @@
 
 A round: admit what fits, make room for the blocks that are to be stored (evict, then retract the youngest), then one
 work item per segment. Rows join and leave per step; nobody waits for the slowest block. Each request ends with exactly
-one output that carries a `finish`.
+one output that carries a `finish`. A round changes no request before its results are committed, so one that raised can
+be undone: its requests then run alone, one after the other, until it is clear whose fault it was (`trial`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +25,9 @@ from losa_runtime.scheduler.block import DiffusionBlock
 from losa_runtime.scheduler.policy import Policy, in_order
 from losa_runtime.scheduler.progress import News, after_step, to_output, traced
 from losa_runtime.scheduler.req import Req
+from losa_runtime.scheduler.trial import Trial
+
+logger = logging.getLogger(__name__)
 
 LOOKAHEAD = 32  # waiting requests considered per round, so that a long queue costs the same as a short one
 
@@ -49,9 +55,11 @@ class Scheduler:
         self.running: list[Req] = []
         self._live: dict[str, Req] = {}
         self._slots = list(range(limits.max_running - 1, -1, -1))
-        self._released: list[int] = []
+        self._released: list[int] = []  # slots whose method state is still to be forgotten
+        self._told = 0  # of those, in the current round
         self._in_round: list[tuple[Req, WorkItem]] = []
         self._ended: list[RequestOutput] = []  # terminal outputs of requests that ended outside a round
+        self._trial = Trial()
         self.prompt_tokens = self.hit_tokens = 0
 
     # -- arrivals and departures ------------------------------------------------------------------------------------
@@ -92,14 +100,22 @@ class Scheduler:
 
     def schedule(self) -> Round:
         """The work of the next forward; empty items if nothing can run."""
-        self._make_room_for_commits()
-        self._admit()
+        suspect = self._trial.suspect()
+        if suspect is None:
+            self._make_room_for_commits(self.running)
+            self._admit()
+            return self._round(self.running)
+        self._make_room_for_commits([suspect])
+        return self._round([suspect] if suspect.lease is not None else [])
+
+    def _round(self, reqs: Sequence[Req]) -> Round:
+        """One work item per segment of these running requests."""
         stores: list[tuple[Req, WorkItem]] = []
         blocks: list[tuple[Req, WorkItem]] = []
         budget = self.limits.prefill_budget
         # Scoring is bulk work: while others wait for their prefill it gets half of the budget, else all of it.
-        score_budget = budget // 2 if any(req.prefilling for req in self.running) else budget
-        for req in self.running:
+        score_budget = budget // 2 if any(req.prefilling for req in reqs) else budget
+        for req in reqs:
             if req.prefilling:
                 continue
             if req.unscored:
@@ -118,27 +134,26 @@ class Scheduler:
                 blocks.append((req, self._block_item(req, req.block)))
         # At least a block: with a budget of one block, scoring's half is rounded up to all of it.
         budget = max(budget, self.limits.block_length)
-        for req in self.running:
+        for req in reqs:
             item = self._prefill_item(req, budget) if req.prefilling else None
             if item is not None:
                 budget -= item.tokens.size
                 stores.append((req, item))
-        self._in_round = stores + blocks
-        released, self._released = tuple(self._released), []
-        return Round(tuple(item for _, item in self._in_round), released)
+        self._in_round, self._told = stores + blocks, len(self._released)
+        return Round(tuple(item for _, item in self._in_round), tuple(self._released))
 
     def commit(self, results: list[BlockResult]) -> list[RequestOutput]:
-        """Take in the results of the round, one per block segment in order, and report what is new."""
+        """Take in the results of the round, one per segment in order, and report what is new."""
         in_round, self._in_round = self._in_round, []
+        del self._released[: self._told]
+        self._told = 0
         for req in {id(req): req for req, _ in in_round}.values():
             req.cost.forwards += 1
         outputs: list[RequestOutput] = []
-        remaining = iter(results)
-        for req, item in in_round:
-            result = None if item.mode.stores else next(remaining)
+        for (req, item), result in zip(in_round, results, strict=True):
             if req.lease is None:  # ended during the round
                 continue
-            news = self._apply(req, item, result)
+            news = self._store(req, item, result) if item.mode.stores else self._apply(req, item, result)
             if news is not None:
                 outputs.append(to_output(req, news))
                 if news.finish is not None:
@@ -151,24 +166,48 @@ class Scheduler:
         self._ended = []
         return outputs
 
+    def undo(self) -> tuple[str, ...]:
+        """The round has raised and has no results: nothing of it counts. The ids of its requests.
+
+        They are tried one by one in the next rounds; the one that was being tried is guilty and ends with an error.
+        Method state may be half written, so unfinished blocks start again.
+        """
+        in_round, self._in_round, self._told = self._in_round, [], 0
+        reqs = [req for req in {id(req): req for req, _ in in_round}.values() if req.lease is not None]
+        if reqs == [self._trial.suspect()]:
+            self._end(reqs[0], _error("the engine failed on this request; the server's log says why"))
+        else:
+            self._trial.open(reqs)
+            for req in reqs:
+                req.reopen()
+                self._released.append(req.slot)
+        return tuple(req.request.rid for req in reqs)
+
+    def released(self) -> tuple[int, ...]:
+        """Slots given back since the last round: whoever asks forgets their method state, no round will name them."""
+        slots, self._released = tuple(self._released), []
+        return slots
+
     # -- results ----------------------------------------------------------------------------------------------------
 
-    def _apply(self, req: Req, item: WorkItem, result: BlockResult | None) -> News | None:
-        if item.mode.stores:
-            self._stored(req, item)
-            return None
-        assert result is not None
-        block = req.block
-        if result.cost is not None:
-            assert block is not None
-            req.cost.add_step(result.cost, first=item.mode is ForwardMode.OPEN, unmasked=block.latest)
+    def _apply(self, req: Req, item: WorkItem, result: BlockResult) -> News | None:
+        """Take in what a block segment has brought. What raises here is this request's alone, e.g. its text."""
         if result.error is not None:
-            return News(finish=FinishReason(type="error", message=result.error, status_code=500))
+            return self._unusable(req, result)
+        try:
+            return self._progress(req, item, result)
+        except Exception:
+            logger.exception("the results of request %s could not be taken in", req.request.rid)
+            return News(finish=_error("the engine failed on this request's results; the server's log says why"))
+
+    def _progress(self, req: Req, item: WorkItem, result: BlockResult) -> News | None:
+        block = req.block
         if item.mode is ForwardMode.SCORE:
             req.scores.append(float(result.logprobs[0]))
             req.score_alternatives.extend(result.alternatives or ())
             return None
         assert block is not None and result.cost is not None
+        req.cost.add_step(result.cost, first=item.mode is ForwardMode.OPEN, unmasked=block.latest)
         block.accept(result.offsets, result.tokens, result.logprobs)
         if result.alternatives is not None:
             block.alternatives.update(zip(block.latest, result.alternatives, strict=True))
@@ -181,22 +220,35 @@ class Scheduler:
             req.cost.blocks += 1
         return traced(req, block, news) if req.request.trace else news
 
-    def _stored(self, req: Req, item: WorkItem) -> None:
+    def _store(self, req: Req, item: WorkItem, result: BlockResult) -> News | None:
         """The K/V of a store segment are in their pages: share them."""
+        if result.error is not None:
+            return self._unusable(req, result)
         assert req.lease is not None
         req.committed = item.start + item.tokens.size
         self.cache.publish(req.lease, req.tokens[: req.committed])
         if item.mode is ForwardMode.COMMIT:
             req.block, req.opening = req.opening, None
+        return None
+
+    def _unusable(self, req: Req, result: BlockResult) -> News:
+        """Numbers that are none: the request ends, and nobody will find what it has stored since it came. The K/V of
+        this round were never shared; earlier ones looked sound, but the same run of the model has made them."""
+        assert req.lease is not None and result.error is not None
+        if result.cost is not None and req.block is not None:
+            req.cost.add_step(result.cost, first=req.block.step == 0, unmasked=req.block.latest)
+        self.cache.condemn(req.lease, req.trusted)
+        return News(finish=_error(result.error))
 
     def _has_nothing_to_generate(self, req: Req) -> bool:
         return req.settings.limit <= req.prompt_len and not req.prefilling and not req.unscored
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
-    def _make_room_for_commits(self) -> None:
-        """Pages for every block that is about to be stored; `_dispensable` says who comes first and who gives way."""
-        for req in sorted(self.running, key=self._dispensable):
+    def _make_room_for_commits(self, reqs: Sequence[Req]) -> None:
+        """Pages for every block of these that is about to be stored; `_dispensable` says who comes first and who of
+        all gives way."""
+        for req in sorted(reqs, key=self._dispensable):
             if req.lease is None or req.block is None or not req.block.complete:
                 continue
             while not self.cache.grow(req.lease, req.committed + self.limits.block_length):
@@ -246,6 +298,7 @@ class Scheduler:
             return False
         self.cache.count_hit(lease)
         req.lease, req.committed, req.slot = lease, hit, self._slots.pop()
+        req.trusted = min(req.trusted, hit)
         if req.cached_tokens is None:
             req.cached_tokens = hit
             self.prompt_tokens += req.prompt_len
@@ -349,3 +402,7 @@ class Scheduler:
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.cache.page_size)
+
+
+def _error(message: str) -> FinishReason:
+    return FinishReason(type="error", message=message, status_code=500)

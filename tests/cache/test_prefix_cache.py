@@ -177,6 +177,74 @@ def test_peek_says_what_match_finds_and_changes_nothing() -> None:
         cache.close(lease)
 
 
+def test_what_is_condemned_is_not_found_again_and_goes_with_its_last_holder() -> None:
+    cache = PrefixCache(16, page_size=4, block_length=4)
+    cache.close(fill(cache, ids(*range(4))))  # was there before
+    bad = fill(cache, ids(*range(16)))
+    sharer = fill(cache, ids(*range(8), 50, 50, 50, 50))
+    cache.close(fill(cache, ids(*range(12), 60, 60, 60, 60)))  # nobody holds it any more
+    assert cache.pool.free == 16 - 6
+    cache.condemn(bad, keep=4)
+    cache.check()
+    assert cache.pool.free == 16 - 5, "what nobody holds is free at once"
+    assert cache.peek("", ids(*range(16))) == 4
+    cache.condemn(bad, keep=4)  # again: nothing
+    again = fill(cache, ids(*range(12)))  # the same tokens, stored afresh
+    assert set(again.table[1:]).isdisjoint({*bad.table, *sharer.table})
+    assert cache.grow(sharer, 16)
+    cache.publish(sharer, ids(*range(8), 50, 50, 50, 50, 1, 1, 1, 1))  # goes on, for itself
+    cache.check()
+    for lease, free in [(bad, 10), (sharer, 13), (again, 13)]:
+        cache.close(lease)
+        cache.check()
+        assert cache.pool.free == free
+    assert cache.peek("", ids(*range(16))) == 12
+    assert cache.peek("", ids(*range(8), 50, 50, 50, 50)) == 8
+    cache.flush()
+    assert cache.pool.free == 16
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_grows_on_condemned_pages_goes_with_them(first: int) -> None:
+    cache = PrefixCache(16, page_size=4, block_length=4)
+    leases = [fill(cache, ids(*range(8))) for _ in range(2)]
+    cache.condemn(leases[0], keep=0)
+    assert cache.grow(leases[0], 16)
+    cache.publish(leases[0], ids(*range(16)))  # behind the part that both hold
+    assert cache.grow(leases[1], 12)
+    cache.publish(leases[1], ids(*range(12)))  # cuts what the first one added
+    assert np.array_equal(leases[0].table[:3], leases[1].table)
+    cache.check()
+    for lease in (leases[first], leases[1 - first]):
+        cache.close(lease)
+        cache.check()
+    assert cache.pool.free == 16
+
+
+def test_a_whole_namespace_can_be_condemned() -> None:
+    cache = PrefixCache(16, page_size=4, block_length=4)
+    bad = fill(cache, ids(*range(8)), "b")
+    cache.condemn(bad, keep=0)
+    other = fill(cache, ids(*range(8)), "b")
+    cache.close(bad)
+    cache.close(other)
+    cache.check()
+    assert cache.peek("b", ids(*range(8))) == 8
+    cache.flush()
+    assert not cache.tree._roots and cache.pool.free == 16
+
+
+def test_freed_pages_are_reported() -> None:
+    freed: list[int] = []
+    cache = PrefixCache(4, page_size=4, block_length=4, on_free=lambda pages: freed.extend(pages.tolist()))
+    lease = fill(cache, ids(*range(8)))
+    held = lease.table.tolist()
+    cache.close(lease)
+    assert freed == []
+    cache.flush()
+    assert sorted(freed) == sorted(held)
+
+
 def test_without_reuse_nothing_is_shared() -> None:
     cache = PrefixCache(8, page_size=4, block_length=4, reuse=False)
     cache.close(fill(cache, ids(*range(8))))
@@ -204,6 +272,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.cache = PrefixCache(pages, self.page, self.block)
         self.live: list[tuple[Lease, str, np.ndarray, int]] = []
         self.content: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self.condemned: set[int] = set()
 
     def write(self, lease: Lease, namespace: str, tokens: np.ndarray, start: int, stop: int) -> None:
         for page in range(start // self.page, -(-stop // self.page)):
@@ -219,6 +288,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         lease = self.cache.open(namespace, array, capacity=64)
         hit = lease.count * self.page
         assert hit <= array.size and hit % self.cache.unit == 0
+        assert self.condemned.isdisjoint(lease.table.tolist())
         self.live.append((lease, namespace, array, hit))
 
     @precondition(lambda self: self.live)
@@ -245,6 +315,22 @@ class PrefixCacheMachine(RuleBasedStateMachine):
     def close(self, pick: int) -> None:
         lease = self.live.pop(pick % len(self.live))[0]
         self.cache.close(lease)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=st.integers(0, 99), keep=st.integers(0, 8))
+    def condemn(self, pick: int, keep: int) -> None:
+        lease = self.live[pick % len(self.live)][0]
+        units = lease.shared * self.page // self.cache.unit
+        keep = min(keep, units) * self.cache.unit
+        self.condemned.update(lease.pages[keep // self.page : lease.shared].tolist())
+        self.cache.condemn(lease, keep)
+
+    @invariant()
+    def condemned_pages_leave_with_their_last_holder(self) -> None:
+        free = set(self.cache.pool.free_pages().tolist())
+        held = {page for lease, *_ in self.live for page in lease.table.tolist()}
+        self.condemned -= free
+        assert self.condemned <= held
 
     @rule()
     def flush(self) -> None:

@@ -10,7 +10,7 @@ from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
 from losa_runtime.core.decoding_params import DecodingParams
 from losa_runtime.core.request import Request, RequestOutput, ScoreSpec
 from losa_runtime.core.sampling_params import SamplingParams
-from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem
+from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem, nothing
 from losa_runtime.scheduler.policy import Policy
 from losa_runtime.scheduler.req import Req, ReqSettings
 from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -60,6 +60,10 @@ class World:
         self.arrivals = 0
         self.rounds: list[Round] = []
         self.failing: set[int] = set()  # positions at which the stub has no usable result
+        self.breaking: set[int] = set()  # positions whose K/V are no numbers
+        self.guilty: set[str] = set()  # requests with which a forward raises
+        self.raising = 0  # so many of the next forwards raise, whoever is in them
+        self.undone: list[tuple[str, ...]] = []  # who was in the forwards that raised
 
     def add(
         self,
@@ -96,9 +100,15 @@ class World:
     def step(self) -> Round:
         work = self.scheduler.schedule()
         self.rounds.append(work)
-        for item in work.items:
+        self.ran = [req.request.rid for req, _ in self.scheduler._in_round]
+        raises = bool(work.items) and (self.raising > 0 or not self.guilty.isdisjoint(self.ran))
+        for item in work.items[: len(work.items) // 2 if raises else None]:
             self.read_and_write(item)
-        results = [self.result(item) for item in work.items if not item.mode.stores]
+        if raises:
+            self.raising -= self.raising > 0
+            self.undone.append(self.scheduler.undo())
+            assert set(self.undone[-1]) == set(self.ran)
+        results = [] if raises else [self.result(item) for item in work.items]
         for output in self.scheduler.commit(results):
             self.outputs[output.rid].append(output)
         self.cache.check()
@@ -120,6 +130,9 @@ class World:
         self.last_prefix = sequence
 
     def result(self, item: WorkItem) -> BlockResult:
+        if item.mode.stores:
+            positions = np.arange(item.start, item.start + item.tokens.size)
+            return nothing("broken" if self.breaking & set(positions.tolist()) else None)
         assert item.candidates is not None
         positions = item.candidates + item.start
         if self.failing & set(positions.tolist()):

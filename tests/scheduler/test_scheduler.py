@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from losa_runtime.core.batch import ForwardMode
 from losa_runtime.core.errors import InvalidRequest, QueueFull
+from losa_runtime.text_stream import TextStream
 from tests.scheduler.stub import World
 
 
@@ -238,6 +240,117 @@ def test_slots_are_released_even_when_nothing_is_left_to_run() -> None:
     assert world.rounds[-1].released == (slot,) and not world.rounds[-1].items
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("rounds", range(12))
+def test_a_request_that_raises_ends_alone(fuse: bool, rounds: int) -> None:
+    """Whatever the round at which it begins to raise."""
+    world = World(pages=64, fuse=fuse)
+    for i, rid in enumerate("abcd"):
+        world.add(rid, list(range(i, i + 7)), 14, score=2 if rid == "d" else None)
+    for _ in range(rounds):
+        world.step()
+    assert not world.terminal("b")
+    world.guilty = {"b"}
+    world.add("late", list(range(5)), 3)
+    world.drain()
+    [end] = world.terminal("b")
+    assert end.finish is not None and (end.finish.type, end.finish.status_code) == ("error", 500)
+    for rid, new in [("a", 14), ("c", 14), ("d", 14), ("late", 3)]:
+        assert [e.finish.type for e in world.terminal(rid) if e.finish] == ["length"]
+        assert world.tokens(rid) == expected(5 if rid == "late" else 7, new)
+    assert len(world.terminal("d")[0].prompt_logprobs or ()) == 5
+    assert world.undone[-1] == ("b",) and len(world.undone[0]) == 4
+    assert world.cache.owned_pages == 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_forward_that_raised_for_no_request_s_sake_costs_nobody(count: int) -> None:
+    world = World(pages=64)
+    rids = "abc"[:count]
+    for rid in rids:
+        world.add(rid, list(range(9)), 14)
+    world.step()
+    world.step()
+    world.raising = 1
+    world.drain()
+    assert [len(set(rids)) for rids in world.undone] == [count]
+    for rid in rids:
+        assert world.tokens(rid) == expected(9, 14)
+
+
+def test_the_tried_may_be_aborted_and_the_others_wait() -> None:
+    world = World(pages=64)
+    for rid in "abc":
+        world.add(rid, list(range(9)), 14)
+    world.step()
+    world.step()
+    world.raising = 1
+    world.step()
+    world.add("late", [1, 2], 3)
+    assert world.scheduler.abort("a")
+    world.step()
+    assert world.ran == ["b", "b"] or world.ran == ["b"]
+    world.drain()
+    assert [world.terminal(rid)[0].finish.type for rid in ("a", "b", "c", "late")] == ["abort"] + ["length"] * 3  # type: ignore[union-attr]
+
+
+def test_broken_numbers_are_never_shared() -> None:
+    world = World(pages=64)
+    world.add("before", list(range(8)), 1)
+    world.drain()
+    world.breaking = {21}
+    world.add("bad", list(range(16)), 20)
+    world.add("good", list(range(100, 108)), 5)
+    world.drain()
+    [end] = world.terminal("bad")
+    assert end.finish is not None and (end.finish.type, end.finish.message) == ("error", "broken")
+    assert world.terminal("good")[0].finish.type == "length"  # type: ignore[union-attr]
+    assert len(world.tokens("bad")) == 8, "what was finished before is told"
+    assert world.cache.peek("", np.arange(40, dtype=np.int32)) == 8, "what was there before stays, and no more"
+    world.breaking = set()
+    world.add("again", list(range(16)), 20)
+    world.drain()
+    assert world.terminal("again")[0].cached_tokens == 8
+    assert world.tokens("again") == expected(16, 20)
+
+
+def test_unusable_logits_take_back_what_was_shared_since_the_request_came() -> None:
+    """Also after a retraction, when it finds its own pages again."""
+    world = World(pages=64)
+    world.add("bad", list(range(8)), 30)
+    world.add("shares", list(range(12)), 30)
+    for _ in range(12):
+        world.step()
+    bad = next(req for req in world.scheduler.running if req.request.rid == "bad")
+    assert bad.committed > 12 and world.cache.peek("", bad.tokens[: bad.committed]) == bad.committed
+    world.scheduler._retract(bad)
+    world.step()
+    assert bad.lease is not None and bad.lease.count * 4 > 8
+    world.failing = {bad.length + 3}
+    world.drain()
+    assert world.terminal("bad")[0].finish.type == "error"  # type: ignore[union-attr]
+    assert world.cache.peek("", bad.tokens[:12]) == 0
+    assert world.cache.owned_pages == 0
+
+
+def test_results_that_cannot_be_taken_in_end_their_request_only() -> None:
+    class Broken:
+        def push(self, ids: list[int]) -> str:
+            raise ValueError("no such token")
+
+        def flush(self) -> str:
+            return ""
+
+    world = World(pages=64)
+    world.add("a", [1, 2], 10)
+    world.add("b", [1, 2], 10)
+    req = next(req for req in world.scheduler.waiting if req.request.rid == "a")
+    req.settings = req.settings._replace(text=TextStream(Broken(), (), False))
+    world.drain()
+    assert world.terminal("a")[0].finish.type == "error"  # type: ignore[union-attr]
+    assert world.tokens("b") == expected(2, 10)
+
+
 def test_longest_prefix_match_serves_what_is_cached_first() -> None:
     world = World(pages=64, running=1, policy="lpm")
     world.add("warm", list(range(16)), 0)
@@ -272,6 +385,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, shape: tuple[int, int], pages: int, fuse: bool) -> None:
         self.world = World(pages=pages, block=shape[0], page=shape[1], running=3, budget=8, fuse=fuse)
         self.asked: dict[str, tuple[int, int]] = {}
+        self.once_guilty: set[str] = set()
 
     @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14), new=st.integers(0, 14), seed=st.booleans())
     def arrive(self, prompt: list[int], new: int, seed: bool) -> None:
@@ -293,6 +407,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, pick: int) -> None:
         self.world.scheduler.abort(f"r{pick % len(self.asked)}")
 
+    @precondition(lambda self: self.asked)
+    @rule(pick=st.integers(0, 99))
+    def become_guilty(self, pick: int) -> None:
+        self.world.guilty.add(f"r{pick % len(self.asked)}")
+        self.once_guilty |= self.world.guilty
+
+    @rule()
+    def raise_once(self) -> None:
+        self.world.raising = 1
+
     @invariant()
     def one_end_each(self) -> None:
         for rid, (prompt_len, new) in getattr(self, "asked", {}).items():
@@ -300,7 +424,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(ends) <= 1
             if ends:
                 assert self.world.outputs[rid][-1] is ends[0], "news after the end"
-                if ends[0].finish.type != "abort":  # type: ignore[union-attr]
+                how = ends[0].finish.type  # type: ignore[union-attr]
+                if how == "error":
+                    # Twice in a row for no reason, the second time with one request only, looks like its fault.
+                    assert rid in self.once_guilty or (rid,) in self.world.undone[1:]
+                elif how != "abort":
                     assert self.world.tokens(rid) == expected(prompt_len, new)
 
     def teardown(self) -> None:

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.running_server import RunningServer, ServerFailed
 from benchmarks.tiny_model.corpus import TASKS, Document, Question, chat_prompt, demo
+from losa_server.bench.running_server import RunningServer, ServerFailed
 
 CHECKPOINT = Path(__file__).parent / "tiny_model" / "checkpoint"
 CHOICES = 4

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import losa_runtime
 from losa_runtime.core.errors import ConfigError
-from losa_server.commands import generate, make_checkpoint, serve
+from losa_server.commands import bench, generate, make_checkpoint, serve
 from losa_server.configuration.hints import hint
 
-COMMANDS = (serve, generate, make_checkpoint)
+COMMANDS = (serve, generate, bench, make_checkpoint)
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -1,4 +1,4 @@
-"""What is fixed for the life of the HTTP process: where it listens and how much it takes from one client."""
+"""What is fixed for the life of the HTTP process, and what a client of it has to know."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from losa_runtime.core.options import option
 SERVER = "server"
 ACCESS = "access"
 LIMITS = "limits"
+CONNECTION = "connection"
 
 
 class ServerSettings(BaseModel):
@@ -64,3 +65,14 @@ class ServerSettings(BaseModel):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+class ClientSettings(BaseModel):
+    """How commands that talk to a server reach it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str | None = option(
+        None, CONNECTION, "a running server; without it, --model-path says what to start", metavar="URL"
+    )
+    api_key: SecretStr | None = option(None, CONNECTION, "the key that it wants, best given as LOSA_API_KEY")

@@ -13,12 +13,15 @@ from pydantic import BaseModel, SecretStr
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import ConfigError
 from losa_runtime.core.options import option
+from losa_server.bench.settings import BenchSettings
 from losa_server.cli import make_parser
 from losa_server.configuration.flags import ALL_MODELS, settings_from
 from losa_server.configuration.options import options_of
 from losa_server.configuration.printout import as_yaml
 from losa_server.configuration.sources import Configuration, read_configuration
-from losa_server.settings import ServerSettings
+from losa_server.settings import ClientSettings, ServerSettings
+
+SERVE: tuple[type[BaseModel], ...] = (ServerSettings, EngineConfig)
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +80,13 @@ def test_every_setting_is_an_option_unless_it_is_nobodys_business() -> None:
     assert fields - {option.field for option in options_of(*ALL_MODELS)} == {"show_progress", "long_text"}
 
 
-def test_no_name_means_two_things() -> None:
-    names = [name for option in options_of(*ALL_MODELS) for name in option.names]
+@pytest.mark.parametrize("models", [SERVE, (ClientSettings, BenchSettings, EngineConfig)], ids=["serve", "bench"])
+def test_no_name_means_two_things(models: Sequence[type[BaseModel]]) -> None:
+    names = [name for option in options_of(*models) for name in option.names]
     assert len(names) == len(set(names))
+    # A name that several commands know means the same field everywhere.
+    fields = {(name, option.field) for option in options_of(*ALL_MODELS) for name in option.names}
+    assert len(fields) == len({name for name, _ in fields})
 
 
 def test_the_nearest_source_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,9 +188,9 @@ def test_the_printout_can_be_read_back(tmp_path: Path) -> None:
     file = tmp_path / "printed.yaml"
     file.write_text(text)
     second = configuration("--config", str(file))
-    for model in ALL_MODELS:
+    for model in SERVE:
         assert second.make(model) == first.make(model)
-    assert set(yaml.safe_load(text)) == {option.names[0] for option in options_of(*ALL_MODELS)}
+    assert set(yaml.safe_load(text)) == {option.names[0] for option in options_of(*SERVE)}
 
 
 class Keys(BaseModel):

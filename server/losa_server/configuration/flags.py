@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from losa_runtime.core.config import EngineConfig
+from losa_server.bench.settings import BenchSettings
 from losa_server.configuration.options import Model, Option, options_of
 from losa_server.configuration.sources import CONFIG_VARIABLE, Configuration, read_configuration
-from losa_server.settings import ServerSettings
+from losa_server.settings import ClientSettings, ServerSettings
 
-ALL_MODELS: tuple[Model, ...] = (ServerSettings, EngineConfig)
+ALL_MODELS: tuple[Model, ...] = (ServerSettings, EngineConfig, ClientSettings, BenchSettings)
 
 
 def add_settings(parser: argparse.ArgumentParser, *models: Model) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -94,7 +95,7 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 def _metavar(kinds: tuple[Any, ...], choices: tuple[Any, ...]) -> str:
     if choices:
         return "{" + ",".join(map(str, choices)) + "}"
-    words = {int: "N", float: "F", str: "TEXT", SecretStr: "TEXT", tuple: "A,B,…", list: "A,B,…"}
+    words = {int: "N", float: "F", str: "TEXT", SecretStr: "TEXT", Path: "FILE", tuple: "A,B,…", list: "A,B,…"}
     return next((words[get_origin(kind) or kind] for kind in kinds if (get_origin(kind) or kind) in words), "JSON")
 
 

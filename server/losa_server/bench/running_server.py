@@ -13,21 +13,33 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
+
+from losa_runtime.core.errors import LosaError
 
 LOG_LINES = 15
 
 
-class ServerFailed(Exception):
+class ServerFailed(LosaError):
     """The server ended or did not become ready; the message holds the end of its log."""
 
 
 class RunningServer:
-    """`losa serve --model MODEL OPTIONS` between entry and exit; entry raises ServerFailed. url: where it listens."""
+    """`losa serve --model MODEL OPTIONS` between entry and exit; entry raises ServerFailed. url: where it listens.
 
-    def __init__(self, model: str, options: Sequence[str] = (), ready_s: float = 120.0) -> None:
+    environ: the server's environment, None = that of this process. ready_s: seconds that it may take to load.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        options: Sequence[str] = (),
+        ready_s: float = 120.0,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._environ = environ
         self._ready_s = ready_s
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -37,7 +49,11 @@ class RunningServer:
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            self.command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=self._environ,
         )
         try:
             self._wait_ready()

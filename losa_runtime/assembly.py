@@ -77,6 +77,7 @@ class Parts(NamedTuple):
             "page_size": pool.page_size,
             "max_total_tokens": pool.num_pages * pool.page_size,
             "kv_pool_bytes": pool.num_pages * _page_bytes(model, pool.page_size, pool.dtype, pool.summaries),
+            "page_bytes": _page_bytes(model, pool.page_size, pool.dtype, frozenset()),
             "max_running_requests": config.max_running_requests,
             "max_queued_requests": config.max_queued_requests,
             "chunked_prefill_size": config.chunked_prefill_size,

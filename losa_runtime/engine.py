@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import Counter
 
 import numpy as np
 
@@ -64,6 +65,7 @@ class Engine:
         self.forwards = self._generated = 0
         self.undone = 0  # forwards that raised
         self._failures = 0  # requests in a row that raised alone
+        self._rows: Counter[ForwardMode] = Counter()
         self._read = ReadSum()
         self._guides = Guides(self._text_of_ids)
 
@@ -87,6 +89,8 @@ class Engine:
         if work.items:
             self.forwards += 1
             self._failures = 0
+            for item in work.items:
+                self._rows[item.mode] += item.tokens.size
         self._read.add(result.cost for result in results if result.cost is not None)
         return results
 
@@ -254,6 +258,7 @@ class Engine:
             "pages_total": cache.pool.num_pages,
             "pages_free": cache.pool.free,
             "pages_cached": cache.tree.cached_pages,
+            "pages_evictable": cache.tree.evictable_pages,
             "pages_owned": cache.owned_pages,
             "pages_evicted": cache.evicted_pages,
             "prompt_tokens": scheduler.prompt_tokens,
@@ -262,6 +267,9 @@ class Engine:
             "requests": self._arrivals,
             "forwards": self.forwards,
             "undone_forwards": self.undone,
+            "retractions": scheduler.retractions,
+            "retracted": sum(req.cost.retractions > 0 for req in scheduler.waiting),
+            "rows": {mode.value: self._rows[mode] for mode in ForwardMode},
             "generated_tokens": self._generated,
             **self._read.stats(),
         }

@@ -95,6 +95,7 @@ class RequestStats(BaseModel):
     kv_bytes: prefix K/V read in denoising steps; metadata_bytes: page summaries and keys read to choose them;
     dense_bytes: what dense attention would have read in these steps. bytes_ratio: what was read in the later steps
     relative to dense attention; block_bytes_ratio: the same over all denoising steps. None without a prefix.
+    queued_s: seconds from arrival until it first ran; None while it has not.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -112,6 +113,7 @@ class RequestStats(BaseModel):
     bytes_ratio: float | None = None
     block_bytes_ratio: float | None = None
     retractions: int = 0
+    queued_s: float | None = None
 
 
 class RequestOutput(BaseModel):

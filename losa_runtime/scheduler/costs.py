@@ -14,6 +14,7 @@ class CostSum:
     def __init__(self) -> None:
         self.forwards = self.blocks = self.steps = self.dense_steps = self.retractions = 0
         self.kv_bytes = self.metadata_bytes = self.dense_bytes = 0
+        self.queued_s: float | None = None
         self._later = self._later_read = self._later_dense = 0
         self._kv = self._q = self._active = 0.0
         self._unmasked, self._overlap = 0, 0.0
@@ -56,6 +57,7 @@ class CostSum:
             bytes_ratio=_ratio(self._later_read, self._later_dense),
             block_bytes_ratio=_ratio(read, self.dense_bytes),
             retractions=self.retractions,
+            queued_s=self.queued_s,
         )
 
 

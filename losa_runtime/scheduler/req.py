@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,7 @@ class Req:
 
     def __init__(self, request: Request, settings: ReqSettings, order: int, block_length: int) -> None:
         self.request, self.settings, self.order = request, settings, order
+        self.arrived = time.monotonic()
         self.block_length = block_length
         prompt = np.asarray(request.prompt_ids, dtype=np.int32)
         self.prompt_len = self.length = int(prompt.size)

@@ -9,6 +9,7 @@ be undone: its requests then run alone, one after the other, until it is clear w
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -60,7 +61,7 @@ class Scheduler:
         self._in_round: list[tuple[Req, WorkItem]] = []
         self._ended: list[RequestOutput] = []  # terminal outputs of requests that ended outside a round
         self._trial = Trial()
-        self.prompt_tokens = self.hit_tokens = 0
+        self.prompt_tokens = self.hit_tokens = self.retractions = 0
 
     # -- arrivals and departures ------------------------------------------------------------------------------------
 
@@ -264,6 +265,7 @@ class Scheduler:
     def _retract(self, req: Req) -> None:
         """Give a running request's pages back and queue it again, first in line."""
         self._give_back(req)
+        self.retractions += 1
         req.rewind()
         self.waiting.appendleft(req)
 
@@ -301,6 +303,7 @@ class Scheduler:
         req.trusted = min(req.trusted, hit)
         if req.cached_tokens is None:
             req.cached_tokens = hit
+            req.cost.queued_s = time.monotonic() - req.arrived
             self.prompt_tokens += req.prompt_len
             self.hit_tokens += hit
         return True

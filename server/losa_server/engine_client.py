@@ -12,6 +12,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ class EngineClient:
         self.failure: str | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.unknown_outputs = 0  # news for requests that nobody waits for any more
+        self.report: dict[str, Any] = {}  # the engine's last unasked stats; empty before the first
+        self.reported_at: float | None = None  # time.monotonic() of its arrival
         self._on_death = on_death
         self._ready = asyncio.Event()
         self._ended = asyncio.Event()
@@ -235,6 +238,8 @@ class EngineClient:
                 mailbox = self._mailboxes.get(rid)
                 if mailbox is not None:
                     mailbox.fail(RequestFailed(message.status_code, message.message, message.field))
+            case EngineStats(ticket=0, stats=stats):
+                self.report, self.reported_at = stats, time.monotonic()
             case EngineStats(ticket=ticket) | FlushDone(ticket=ticket):
                 future = self._tickets.get(ticket)
                 if future is not None and not future.done():

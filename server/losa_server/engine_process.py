@@ -45,6 +45,7 @@ log = logging.getLogger("losa.engine")
 
 IDLE_POLL_S = 0.2  # also how long a stop signal may go unnoticed while idle
 PARENT_POLL_S = 0.25
+REPORT_S = 1.0  # between two unasked reports; a scrape of metrics reads the last one and never waits for a step
 MESSAGES_PER_ROUND = 512  # so that a flood of arrivals cannot keep running requests from their next step
 
 
@@ -63,6 +64,27 @@ class EngineFace(Protocol):
 EngineFactory = Callable[[EngineConfig], EngineFace]
 
 
+class EngineReport:
+    """An engine's counters and what has happened since the last report. tokens: generated ones; the owner counts."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._since = time.monotonic()
+        self._before = (0, 0)
+
+    def make(self, stats: dict[str, object]) -> dict[str, object]:
+        """`stats` and the rates of the time since the last call."""
+        now, tokens = time.monotonic(), (stats.get("prompt_tokens"), stats.get("cached_tokens"))
+        prompt, cached = (value if isinstance(value, int) else 0 for value in tokens)
+        new_prompt, new_cached = prompt - self._before[0], cached - self._before[1]
+        rates = {
+            "gen_throughput": self.tokens / max(now - self._since, 1e-9),
+            "recent_hit_rate": new_cached / new_prompt if new_prompt else 0.0,
+        }
+        self.tokens, self._since, self._before = 0, now, (prompt, cached)
+        return {**stats, **rates}
+
+
 class EngineLoop:
     """Moves messages and steps until told to stop. `run` returns the exit code of the process."""
 
@@ -70,6 +92,7 @@ class EngineLoop:
         self._engine, self._receiver, self._sender = engine, receiver, sender
         self._live: set[str] = set()
         self._stopping = False
+        self._report, self._next_report = EngineReport(), 0.0
 
     def stop(self) -> None:
         """Ask the loop to end after the current step; safe to call from a signal handler."""
@@ -82,6 +105,9 @@ class EngineLoop:
                 self._take_messages()
                 if self._engine.has_work() and not self._stopping:
                     self._send_outputs(self._engine.step())
+                if time.monotonic() >= self._next_report:
+                    self._sender.send(EngineStats(ticket=0, stats=self._report.make(self._engine.stats())))
+                    self._next_report = time.monotonic() + REPORT_S
         except Exception as error:
             log.exception("the engine failed in a step")
             self._fail_all(f"the engine failed: {type(error).__name__}: {error}")
@@ -133,6 +159,7 @@ class EngineLoop:
 
     def _send_outputs(self, outputs: list[RequestOutput]) -> None:
         self._live.difference_update(output.rid for output in outputs if output.finish is not None)
+        self._report.tokens += sum(len(output.token_ids) for output in outputs)
         if not outputs:
             return
         try:

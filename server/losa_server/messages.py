@@ -92,7 +92,10 @@ class EngineReady(Message):
 
 
 class EngineStats(Message):
-    """Answer to GetStats (`Engine.stats`)."""
+    """The engine's counters (`Engine.stats`): the answer to GetStats, or with ticket 0 what it tells unasked.
+
+    The unasked ones also have `gen_throughput` (tokens per second) and `recent_hit_rate`, since the one before.
+    """
 
     kind: Literal["stats"] = "stats"
     ticket: int

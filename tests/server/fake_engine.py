@@ -98,6 +98,7 @@ class FakeEngine:
             "vocab_size": self.tokenizer.vocab_size,
             "mask_token_id": self.tokenizer.mask_token_id,
             "max_total_tokens": 65536,
+            "page_bytes": 2**18,
             "sparse_method": self.config.sparse_method,
         }
 
@@ -106,6 +107,20 @@ class FakeEngine:
             "running": len(self.live),
             "waiting": 0,
             "aborted": self.aborted,
+            "prompt_tokens": 100 * self.added,
+            "cached_tokens": 25 * self.added,
+            "pages_total": 4096,
+            "pages_free": 4000,
+            "pages_evictable": 64,
+            "pages_evicted": 7,
+            "retractions": 3,
+            "retracted": 1,
+            "forwards": 5 * self.added,
+            "rows": {"prefill": 100, "commit": 16, "open": 16, "denoise": 60, "score": 8},
+            "denoise_steps": 9,
+            "kv_bytes": 5 * 2**20,
+            "dense_bytes": 20 * 2**20,
+            "metadata_bytes": 2**20,
             "added": self.added,
             "pid": os.getpid(),
         }

@@ -18,6 +18,7 @@ from losa_runtime.core.request import FinishReason, Request, RequestOutput, Scor
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_server import channel, messages
 from losa_server.channel import AsyncReceiver, AsyncSender, Inbox, MessageTooLarge, Receiver, Sender, SocketDirectory
+from losa_server.engine_process import EngineReport
 from losa_server.messages import (
     LOGPROB_FLOOR,
     TO_ENGINE,
@@ -194,3 +195,15 @@ def test_no_code_travels_between_the_processes() -> None:
         names = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom | ast.Call)]
         assert not [name for name in names if forbidden.match(name.removeprefix("import ").removeprefix("from "))], file
         assert "tcp://" not in file.read_text()
+
+
+def test_reports_carry_the_rates_since_the_last_one() -> None:
+    report = EngineReport()
+    report.tokens = 50
+    first = report.make({"prompt_tokens": 10, "cached_tokens": 5, "running": 1})
+    assert (first["running"], first["recent_hit_rate"]) == (1, 0.5)
+    assert isinstance(first["gen_throughput"], float)
+    assert first["gen_throughput"] > 0
+    second = report.make({"prompt_tokens": 30, "cached_tokens": 5})
+    assert (second["gen_throughput"], second["recent_hit_rate"]) == (0.0, 0.0)
+    assert report.make({"prompt_tokens": 40, "cached_tokens": 14})["recent_hit_rate"] == 0.9

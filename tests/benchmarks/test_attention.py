@@ -88,6 +88,7 @@ def test_a_run_prints_every_figure_and_keeps_its_row(capsys: pytest.CaptureFixtu
     assert found["queries"].keys() == {"wide", "figure3", "wide_heads0", "figure3_heads0"}
     assert found["prefix_read"]["dense_step"] == 1.0 and 0.0 < found["prefix_read"]["losa_step"] < 1.0
     assert found["prefix_read"]["mage_step"] == pytest.approx(64 / 512)
+    assert found["ceiling_share"].keys() >= {f"losa_step.{part}" for part in ("attention", "selection", "block+merge")}
     assert "products, GFLOP/s" in said.err and "losa_block" in said.err
 
 

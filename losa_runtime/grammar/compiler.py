@@ -29,7 +29,7 @@ class Compiler:
 
     def __init__(self, time_limit_s: float = TIME_LIMIT_S, memory_limit: int = MEMORY_LIMIT) -> None:
         self.time_limit_s, self.memory_limit = time_limit_s, memory_limit
-        self._lock = threading.Lock()
+        self._lock, self._memory = threading.Lock(), threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
         self._known: OrderedDict[str, ByteAutomaton] = OrderedDict()
         self._known_bytes = 0
@@ -38,12 +38,12 @@ class Compiler:
         """The automaton of a pattern that has to match the whole output. Raises InvalidRequest naming `field`."""
         if len(pattern) > MAX_PATTERN:
             raise InvalidRequest(field, f"a pattern of {len(pattern)} characters", f"at most {MAX_PATTERN}")
+        found = self._recall(pattern)
+        if found is not None:
+            return found
         with self._lock:
-            found = self._known.get(pattern)
-            if found is None:
-                found = self._compile(pattern, field)
-                self._remember(pattern, found)
-            self._known.move_to_end(pattern)
+            found = self._recall(pattern) or self._compile(pattern, field)
+            self._remember(pattern, found)
             return found
 
     def close(self) -> None:
@@ -96,12 +96,20 @@ class Compiler:
             self._worker.communicate()
             self._worker = None
 
+    def _recall(self, pattern: str) -> ByteAutomaton | None:
+        """What is known already is not kept waiting by what is being compiled."""
+        with self._memory:
+            if pattern in self._known:
+                self._known.move_to_end(pattern)
+            return self._known.get(pattern)
+
     def _remember(self, pattern: str, made: ByteAutomaton) -> None:
-        self._known[pattern] = made
-        self._known_bytes += made.next_SC.nbytes
-        while self._known_bytes > REMEMBERED_BYTES and len(self._known) > 1:
-            _, oldest = self._known.popitem(last=False)
-            self._known_bytes -= oldest.next_SC.nbytes
+        with self._memory:
+            self._known_bytes += made.next_SC.nbytes if pattern not in self._known else 0
+            self._known[pattern] = made
+            while self._known_bytes > REMEMBERED_BYTES and len(self._known) > 1:
+                _, oldest = self._known.popitem(last=False)
+                self._known_bytes -= oldest.next_SC.nbytes
 
 
 def _read_line(stream: IO[bytes], deadline: float) -> bytes:

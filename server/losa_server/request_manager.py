@@ -17,6 +17,8 @@ from typing import Any, Protocol
 from losa_runtime.core.errors import InvalidRequest
 from losa_runtime.core.request import Request, ScoreSpec
 from losa_runtime.core.sampling_params import SamplingParams
+from losa_runtime.grammar.compiler import Compiler
+from losa_runtime.grammar.guide import compile_constraint, constraint
 from losa_server.answer import Answer
 from losa_server.engine_client import EngineClient
 from losa_server.errors import RequestFailed
@@ -116,6 +118,7 @@ class RequestManager:
         self.client, self.tokenizer, self.settings = client, tokenizer, settings
         self.created = int(time.time())
         self._live: dict[str, Generation] = {}
+        self._compiler = Compiler()
 
     @property
     def info(self) -> dict[str, Any]:
@@ -143,7 +146,8 @@ class RequestManager:
     async def open_all(self, asks: Sequence[Ask], visit: Visit) -> list[Generation]:
         """Send requests, all or none; whoever calls closes them. Raises RequestFailed or InvalidRequest."""
         ids = [tuple(await self.encode(a.prompt, a.field)) if isinstance(a.prompt, str) else a.prompt for a in asks]
-        requests = [_request(ask, visit, prompt_ids) for ask, prompt_ids in zip(asks, ids, strict=True)]
+        compiled = [await self._compiled(ask.sampling) for ask in asks]
+        requests = [_request(*each, visit) for each in zip(asks, ids, compiled, strict=True)]
         mailboxes = self.client.submit(requests)
         generations = [
             Generation(ask, visit, request, mailbox, self.client)
@@ -151,6 +155,12 @@ class RequestManager:
         ]
         self._live |= {generation.rid: generation for generation in generations}
         return generations
+
+    async def _compiled(self, sampling: SamplingParams) -> bytes | None:
+        """The automaton of a constraint, made here and not in the engine, which would let everybody wait."""
+        if constraint(sampling) is None:
+            return None
+        return await asyncio.to_thread(compile_constraint, sampling, self._compiler)
 
     def close_all(self, generations: Sequence[Generation]) -> None:
         """Close; see Generation.close."""
@@ -207,7 +217,7 @@ class RequestManager:
         return len(self._live)
 
 
-def _request(ask: Ask, visit: Visit, prompt_ids: tuple[int, ...]) -> Request:
+def _request(ask: Ask, prompt_ids: tuple[int, ...], compiled: bytes | None, visit: Visit) -> Request:
     """What the engine is asked. Its name is ours alone: clients may choose equal labels, or another's."""
     return Request(
         rid=uuid.uuid4().hex,
@@ -218,6 +228,7 @@ def _request(ask: Ask, visit: Visit, prompt_ids: tuple[int, ...]) -> Request:
         top_logprobs=ask.top_logprobs,
         logprob_ids=ask.logprob_ids,
         trace=ask.trace,
+        compiled=compiled,
         namespace=visit.caller.namespace(ask.namespace),
         priority=ask.priority,
     )

@@ -1,0 +1,108 @@
+"""The process that compiles: it agrees with Python's regular expressions, and nothing can take it hostage."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from losa_runtime.core.errors import InvalidRequest
+from losa_runtime.grammar.automaton import ByteAutomaton
+from losa_runtime.grammar.compile_worker import MARK, compile_pattern
+from losa_runtime.grammar.compiler import MAX_PATTERN, Compiler
+from tests.grammar.patterns import LETTERS, random_pattern
+
+HOSTILE = ("((a{1,100}){1,100}){1,100}", "a{1,1000000}", r"(\w{1,99}){1,99}", r"(.|\n){0,90000}")
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[Compiler]:
+    found = Compiler()
+    yield found
+    found.close()
+
+
+def accepts(automaton: ByteAutomaton, text: str) -> bool:
+    state = automaton.walk(text.encode())
+    return state >= 0 and bool(automaton.accepting_S[state])
+
+
+def test_agrees_with_python() -> None:
+    rng = random.Random(0)
+    for _ in range(150):
+        pattern = random_pattern(rng)
+        automaton = compile_pattern(pattern)
+        for _ in range(30):
+            text = "".join(rng.choice(LETTERS + "\nü𝄞") for _ in range(rng.randint(0, 6)))
+            assert accepts(automaton, text) == (re.fullmatch(pattern, text) is not None), (pattern, text)
+
+
+def test_bytes_left_is_the_shortest_way_out() -> None:
+    automaton = compile_pattern("a(bc|def)g?|é")
+    assert automaton.bytes_left_S[0] == 2  # é has two bytes
+    assert automaton.bytes_left_S[automaton.walk(b"ad")] == 2
+    assert automaton.bytes_left_S[automaton.walk(b"abc")] == 0
+
+
+def test_travels_as_bytes() -> None:
+    automaton = compile_pattern(r"[a-z]{2,5}é?")
+    again = ByteAutomaton.from_bytes(automaton.to_bytes())
+    assert accepts(again, "abcé") and not accepts(again, "aé")
+    data = automaton.to_bytes()
+    for broken in (b"", data[:-1], data[:30], data.replace(b"losa", b"lost"), data[:-600] + b"\x7f" * 600):
+        with pytest.raises(ValueError, match=r"automaton|Expecting"):
+            ByteAutomaton.from_bytes(broken)
+
+
+def test_the_mark_is_never_matched() -> None:
+    assert not accepts(compile_pattern(".*"), f"a{MARK}")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(", "a)(b", "[b-a]", "a{3,2}", r"(a)\1", "a(?=b)", r"\p{Nope}", "[^\\x00-\\x{10FFFF}]"]
+)
+def test_what_is_no_pattern_is_refused(compiler: Compiler, pattern: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        compiler.compile(pattern, "sampling_params.regex")
+    assert refusal.value.field == "sampling_params.regex"
+
+
+def test_too_long_a_pattern_is_refused(compiler: Compiler) -> None:
+    with pytest.raises(InvalidRequest, match="at most"):
+        compiler.compile("a" * (MAX_PATTERN + 1), "regex")
+
+
+@pytest.mark.parametrize("pattern", HOSTILE)
+def test_a_hostile_pattern_is_refused_in_time_and_the_next_one_is_served(compiler: Compiler, pattern: str) -> None:
+    compiler.compile("warm", "regex")
+    began = time.process_time()
+    with pytest.raises(InvalidRequest, match="that compiles within"):
+        compiler.compile(pattern, "regex")
+    assert time.process_time() - began < 1.0  # of this process: the work is another's
+    assert accepts(compiler.compile(f"after({len(pattern)})+", "regex"), f"after{len(pattern)}")
+
+
+def test_what_is_known_does_not_wait_for_what_is_hostile() -> None:
+    compiler = Compiler(time_limit_s=30.0)
+    compiler.compile("known", "regex")
+    refused = threading.Event()
+
+    def hostile() -> None:
+        with pytest.raises(InvalidRequest):
+            compiler.compile(HOSTILE[0], "regex")
+        refused.set()
+
+    thread = threading.Thread(target=hostile)
+    thread.start()
+    while not compiler._lock.locked():
+        time.sleep(0.01)
+    assert accepts(compiler.compile("known", "regex"), "known") and not refused.is_set()
+    assert compiler._worker is not None
+    compiler._worker.kill()
+    thread.join(20)
+    assert refused.is_set()
+    compiler.close()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import InvalidRequest
@@ -17,7 +20,7 @@ from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.engine import Engine
 from losa_runtime.models.random_checkpoint import write_random_checkpoint
 from tests.grammar.patterns import random_pattern
-from tests.grammar.schemas import REALISTIC
+from tests.grammar.schemas import REALISTIC, SCHEMAS
 
 ALGORITHMS = ("sequential", "low_confidence_static", "low_confidence_dynamic")
 
@@ -105,6 +108,32 @@ def test_realistic_schemas(engine: Engine) -> None:
     ]
     for schema, output in zip(REALISTIC.values(), run(engine, requests), strict=True):
         jsonschema.Draft202012Validator(schema).validate(json.loads(output.text))
+
+
+@pytest.mark.slow
+@given(st.lists(SCHEMAS, min_size=25, max_size=25), st.integers(0, 1000))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+def test_five_hundred_schemas(engine: Engine, schemas: list[Any], seed: int) -> None:
+    rng, requests = random.Random(seed), []
+    for schema in schemas:
+        params = wish(rng, json_schema=json.dumps(schema)) | {"max_new_tokens": rng.choice([20, 60])}
+        least = least_length(engine, params)
+        requests.append(("x", params if least is None else params | {"max_new_tokens": least}))
+    for schema, output in zip(schemas, run(engine, requests), strict=True):
+        jsonschema.Draft202012Validator(schema).validate(json.loads(output.text))
+
+
+def test_retraction_and_a_full_pool_change_nothing(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, preset="tiny", seed=5)
+    options = {"model": str(tmp_path), "max_running_requests": 8, "show_progress": False}
+    roomy = Engine(EngineConfig(**options, max_total_tokens=4096))
+    narrow = Engine(EngineConfig(**options, max_total_tokens=288, disable_radix_cache=True))
+    params = {"regex": "(?:[a-z]{4,9} ){12,20}[0-9]+", "max_new_tokens": 150, "temperature": 1.0}
+    requests = [("x" * (i + 1), params | {"sampling_seed": i}) for i in range(8)]
+    together, cut = run(roomy, requests), run(narrow, requests)
+    assert sum(output.stats.retractions for output in cut) > 0
+    assert [output.text for output in cut] == [output.text for output in together]
+    assert all(re.fullmatch(str(params["regex"]), output.text) for output in cut)
 
 
 def test_neighbours_without_a_grammar_are_not_touched(engine: Engine) -> None:

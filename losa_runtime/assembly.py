@@ -6,6 +6,7 @@ Knows which class goes where, and nothing of requests or rounds.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +30,8 @@ from losa_runtime.models.model import load_model
 from losa_runtime.runner.model_runner import ModelRunner
 from losa_runtime.runner.unmask import Unmasker
 from losa_runtime.sparse.memory import Geometry
-from losa_runtime.sparse.method import declared_summaries, make_methods, total_state_bytes
-from losa_runtime.sparse.resolve import offered_methods
+from losa_runtime.sparse.method import make_methods, method_class, total_state_bytes
+from losa_runtime.sparse.resolve import kept_summaries, offered_methods
 from losa_runtime.sparse.resolve import resolve as resolve_sparse
 from losa_runtime.tokenizer import Tokenizer
 
@@ -75,6 +76,7 @@ class Parts(NamedTuple):
             "kv_cache_dtype": str(pool.dtype).removeprefix("torch."),
             "attention_backend": type(self.runner.backend).__name__,
             "page_size": pool.page_size,
+            "page_summaries": sorted(kind.value for kind in pool.summaries),
             "max_total_tokens": pool.num_pages * pool.page_size,
             "kv_pool_bytes": pool.num_pages * _page_bytes(model, pool.page_size, pool.dtype, pool.summaries),
             "page_bytes": _page_bytes(model, pool.page_size, pool.dtype, frozenset()),
@@ -157,8 +159,9 @@ def assemble(config: EngineConfig) -> Parts:
         head_dim=model_config.head_dim,
         dtype=kv_dtype,
         device=device,
-        summaries=declared_summaries(offered),
+        summaries=kept_summaries(config),
     )
+    _log_summaries(pool, offered)
     if config.debug_poison_pages:
         pool.poison(np.arange(num_pages, dtype=np.int64))
     backend = make_backend(config.attention_backend, backend_config, pool)
@@ -222,6 +225,16 @@ def _page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype, summarie
     return KVPool.bytes_per_page(model.num_layers, model.num_kv_heads, page_size, model.head_dim, dtype, summaries)
 
 
+def _log_summaries(pool: KVPool, offered: Collection[str]) -> None:
+    """What the pages keep beside K/V, and which methods read keys for want of a summary."""
+    logger.info("page summaries: %s", ", ".join(sorted(kind.value for kind in pool.summaries)) or "none")
+    page = 2 * pool.page_size * pool.head_dim * pool.dtype.itemsize
+    text = "page summaries: %r reads keys for want of %s (%.1f%% of the memory of K/V; sparse_methods keeps it by name)"
+    for name in offered:
+        for kind in sorted(method_class(name).helpful - pool.summaries, key=lambda kind: kind.value):
+            logger.info(text, name, kind.value, 100 * kind.bytes(pool.head_dim, pool.dtype) / page)
+
+
 def _num_pages(
     config: EngineConfig,
     model: ModelConfig,
@@ -231,7 +244,7 @@ def _num_pages(
     reserved: int,
 ) -> int:
     """Pages of the pool: as asked, else a share of the memory that is free now, less `reserved` bytes."""
-    page_bytes = _page_bytes(model, config.page_size, dtype, declared_summaries(offered_methods(config)))
+    page_bytes = _page_bytes(model, config.page_size, dtype, kept_summaries(config))
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     free = max(0, free - reserved)
     least = -(-model.block_length // config.page_size) * 2

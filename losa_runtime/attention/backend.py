@@ -21,7 +21,7 @@ from torch import Tensor
 from losa_kernels.reference import attention as ref
 from losa_kernels.reference import paging, selection
 from losa_kernels.triton.layout import Planned
-from losa_runtime.cache.kv_pool import KVPool
+from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.cache.transfer import queued
 from losa_runtime.core.batch import Segment
 from losa_runtime.core.errors import ConfigError
@@ -357,6 +357,13 @@ class AttentionBackend(ABC):
         """All stored keys before a segment, gathered: [G, N, D] in the dtype of the pages."""
         pages = segment.pages[: -(-segment.prefix_len // self.pool.page_size)]
         return paging.gather_pages(self.pool.k(layer), pages)[:, : segment.prefix_len]
+
+    def page_moments(self, layer: int, segment: Segment, spread: bool = True) -> Tensor:
+        """Mean and, with `spread`, mean squared deviation of the keys in each page before a segment, gathered: float32
+        [P, G, 2 or 1, D]. They cover what is stored, so the segment has to follow its last page's last stored key.
+        """
+        pages = segment.pages[: -(-segment.prefix_len // self.pool.page_size)]
+        return self.pool.summary(layer, Summary.KEY_MOMENTS)[pages, :, : 1 + spread]
 
     def keys_at(self, layer: int, segment: Segment, positions_GN: Tensor) -> Tensor:
         """The keys at some prefix positions per KV head, gathered: [G, n, D] in the dtype of the pages."""

@@ -17,6 +17,12 @@ sorted in; that reads every key once per layer. Norms ascend, so a short last ke
 the place of a full one. Ties go to the lowest position and key block. Were the logits in a key block Gaussian, its
 weight would follow with beta = 1/2; the paper's 1 is kept.
 
+Key blocks by position (`sort=False`) that are whole pages are made of the moments of these pages where the pool keeps
+them, else of every key; the numbers are the same to rounding. With pages of 16 that reads 1/8 of the bytes of the keys,
+1/4 in 16 bits, and half of it where no variance is used. Moments take 1/16 of the memory of K/V, 1/8 in 16 bits, and
+are of no use to blocks by norm, the default: so pages keep them only in an engine that is started with this method by
+name (resolve.py).
+
 A key block is a coarse unit: a prefix of 1,000 tokens has 8 of 128, and a budget of 128 is one of them. Where a prefix
 has few, a smaller `block_size` is what helps. A prefix within the budget, rounded up to key blocks, is read whole.
 Models that normalise their keys (SDAR does) give all of them nearly one norm, within 1 % in the bundled model: there
@@ -33,10 +39,11 @@ from torch import Tensor
 
 from losa_kernels.reference.selection import top_pages
 from losa_runtime.attention.backend import AttentionBackend, PrefixPlan
+from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.errors import InvalidRequest
 from losa_runtime.core.sampling_params import MAX_COUNT
-from losa_runtime.sparse.key_blocks import KeyBlocks, block_logits, cut_keys, share_logits
+from losa_runtime.sparse.key_blocks import KeyBlocks, block_logits, cut_keys, join_pages, share_logits
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
 from losa_runtime.sparse.step import DenoiseStep
@@ -63,11 +70,12 @@ class BaAttOptions(MethodOptions):
 class BaAtt(SparseMethod):
     """Holds, per slot and layer, the key blocks of the prefix of the current block.
 
-    Takes 8 bytes per prefix token and KV head, and two float32 vectors per key block: for K/V of head dim 64 in 16 bits
-    1/32 of them, and 1/64 more by default.
+    Takes two float32 vectors per key block and KV head, and 8 bytes per prefix token unless blocks go by position: for
+    K/V of head dim 64 in 16 bits 1/64 of them by default, and 1/32.
     """
 
     Options: ClassVar[type[MethodOptions]] = BaAttOptions
+    helpful: ClassVar[frozenset[Summary]] = frozenset({Summary.KEY_MOMENTS})
 
     def __init__(self, geometry: Geometry, memory: BlockMemory) -> None:
         super().__init__(geometry, memory)
@@ -76,7 +84,8 @@ class BaAtt(SparseMethod):
 
     def plan(self, layer: int, q_RHD: Tensor, step: DenoiseStep, backend: AttentionBackend) -> PrefixPlan:
         self.memory.begin(layer, step)
-        dense_start = _options(step.options).first_step == "dense"
+        options = _options(step.options)
+        dense_start = options.first_step == "dense"
         whole = tuple((first and dense_start) or covered for first, covered in zip(step.opens, step.whole, strict=True))
         rows = step.group.block_length
         for index in range(len(step.slots)):
@@ -84,7 +93,9 @@ class BaAtt(SparseMethod):
                 self._cut(layer, index, step, backend)
             if not whole[index]:
                 self._choose(layer, q_RHD[index * rows : (index + 1) * rows], index, step, backend)
-        return PrefixPlan() if all(whole) else PrefixPlan(kv=self._lists.lists(layer, step.slots, whole))
+        if all(whole):
+            return PrefixPlan()
+        return PrefixPlan(None, self._lists.lists(layer, step.slots, whole), 1 if options.sort else options.block_size)
 
     def release(self, slot: int) -> None:
         super().release(slot)
@@ -105,29 +116,42 @@ class BaAtt(SparseMethod):
             raise InvalidRequest("custom_params.sparse_options.block_size", size, f"at least {LEAST_BLOCK}")
 
     def _cut(self, layer: int, index: int, step: DenoiseStep, backend: AttentionBackend) -> None:
-        """Sort and cut the keys before a segment."""
-        options, slot = _options(step.options), step.slots[index]
-        keys_GND = backend.prefix_keys(layer, step.group.segments[index])
-        self._blocks[layer, slot] = cut_keys(keys_GND, options.block_size, options.sort)
-        step.meter.keys([index])
+        """Cut the prefix of a segment into key blocks."""
+        options, segment, pool = _options(step.options), step.group.segments[index], backend.pool
+        size, spread = options.block_size, self._beta(layer, options) > 0.0
+        if not options.sort and size % pool.page_size == 0 and Summary.KEY_MOMENTS in pool.summaries:
+            moments = backend.page_moments(layer, segment, spread)
+            blocks = join_pages(moments, pool.page_size, segment.prefix_len, size)
+            step.meter.vectors(index, moments.shape[0] * moments.shape[2] * _width(moments, backend))
+        else:
+            blocks = cut_keys(backend.prefix_keys(layer, segment), size, options.sort, spread)
+            step.meter.keys([index])
+        self._blocks[layer, step.slots[index]] = blocks
 
     def _choose(self, layer: int, q_BHD: Tensor, index: int, step: DenoiseStep, backend: AttentionBackend) -> None:
-        """List the tokens of the best key blocks for the rows of a segment."""
+        """List the best key blocks for the rows of a segment, or the tokens in them."""
         options, slot = _options(step.options), step.slots[index]
         blocks, beta = self._blocks[layer, slot], self._beta(layer, options)
         scores_Gn = share_logits(block_logits(q_BHD, blocks, backend.scale, beta))
         [chosen_Gn] = top_pages(scores_Gn[None], step.budget_S[index : index + 1] // options.block_size)
-        positions_GN, real_GN = blocks.positions(chosen_Gn, step.group.prefix_lens[index])
-        self._lists.put(layer, slot, real_GN, positions_GN)
-        if not step.opens[index]:  # in the first step they were made of the keys, which are counted
-            width = blocks.mean_GnD.itemsize // backend.pool.dtype.itemsize
-            step.meter.vectors(index, scores_Gn.shape[1] * (2 if beta else 1) * width)
+        if blocks.order_Gnc is None:
+            self._lists.put(layer, slot, chosen_Gn)
+        else:
+            positions_GN, real_GN = blocks.positions(chosen_Gn, step.group.prefix_lens[index])
+            self._lists.put(layer, slot, real_GN, positions_GN)
+        if not step.opens[index]:  # in the first step they were made of what is counted
+            step.meter.vectors(index, scores_Gn.shape[1] * (2 if beta else 1) * _width(blocks.mean_GnD, backend))
 
     def _beta(self, layer: int, options: BaAttOptions) -> float:
         """Weight of the variance term in this layer."""
         end = layer in (0, self.geometry.num_layers - 1)
         used = {"ends": end, "all": True, "none": False}[options.variance_layers]
         return options.beta if used else 0.0
+
+
+def _width(statistics: Tensor, backend: AttentionBackend) -> int:
+    """How many vectors of the pages' dtype are as many bytes as one of these."""
+    return statistics.itemsize // backend.pool.dtype.itemsize
 
 
 def _options(options: object) -> BaAttOptions:

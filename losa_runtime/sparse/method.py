@@ -42,12 +42,14 @@ class MethodOptions(BaseModel):
 class SparseMethod(ABC):
     """One published method. Its state, if any, is indexed by slot, begins with OPEN and ends with `release`.
 
-    Options: what a request may set in `sparse_options`. summaries: what it needs of each page. has_active_rows,
-    has_budget: whether the request's `active_*` and `token_budget` mean anything to it.
+    Options: what a request may set in `sparse_options`. summaries: what it needs of each page; helpful: what it reads
+    instead of keys where the pool keeps it, for the same answers to rounding. has_active_rows, has_budget: whether the
+    request's `active_*` and `token_budget` mean anything to it.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     summaries: ClassVar[frozenset[Summary]] = frozenset()
+    helpful: ClassVar[frozenset[Summary]] = frozenset()
     has_active_rows: ClassVar[bool] = False
     has_budget: ClassVar[bool] = True
 
@@ -119,6 +121,8 @@ def total_state_bytes(geometry: Geometry, itemsize: int, names: Collection[str] 
     return BlockMemory.bytes(geometry, itemsize) + own
 
 
-def declared_summaries(names: Collection[str] = tuple(METHODS)) -> frozenset[Summary]:
-    """What the page pool has to keep so that each request may choose among these methods."""
-    return frozenset().union(*(method_class(name).summaries for name in names))
+def declared_summaries(names: Collection[str] = tuple(METHODS), named: Collection[str] = ()) -> frozenset[Summary]:
+    """What the page pool has to keep so that each request may choose among the methods `names`, and what helps those
+    among `named`."""
+    needed = frozenset[Summary]().union(*(method_class(name).summaries for name in names))
+    return needed.union(*(method_class(name).helpful for name in named))

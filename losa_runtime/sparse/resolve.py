@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
+from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.batch import ActiveRule, SparseParams
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import ConfigError, InvalidRequest, invalid_request
@@ -57,6 +58,15 @@ def resolve(wanted: DiffusionParams, config: EngineConfig, geometry: Geometry) -
 def offered_methods(config: EngineConfig) -> tuple[str, ...]:
     """The methods that requests may choose."""
     return tuple(METHODS) if config.sparse_methods is None else config.sparse_methods
+
+
+def kept_summaries(config: EngineConfig) -> frozenset[Summary]:
+    """What pages keep beside K/V: what the offered methods need, and what helps those that the configuration names.
+
+    What merely helps a method is not kept for the reason that all methods are offered: every request pays its memory.
+    """
+    named = (config.sparse_method,) if config.sparse_methods is None else config.sparse_methods
+    return declared_summaries(offered_methods(config), named)
 
 
 def _refusal(source: DiffusionParams | None, field: str, found: object, allowed: str) -> InvalidRequest | ConfigError:

@@ -14,18 +14,19 @@ from losa_runtime.sparse.method import METHODS, method_class
 from tests.engine.recording import Bits, logits_of
 from tests.engine.test_exact import prompt
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "losa": {"granularity": "head", "refresh_every": 3},
-    "losa_plus": {"granule": "page"},
-    "mage": {"layer_adaptive": True},
-    "ba_att": {"block_size": 8, "first_step": "dense"},
-}
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("losa", {"granularity": "head", "refresh_every": 3}),
+    ("losa_plus", {"granule": "page"}),
+    ("mage", {"layer_adaptive": True}),
+    ("ba_att", {"block_size": 8, "first_step": "dense"}),
+    ("ba_att", {"block_size": 16, "sort": False, "variance_layers": "all"}),
+]
 
 
 def requests() -> list[tuple[list[int], SamplingParams]]:
     """Every method by default and with some options; prompts share a beginning, and end anywhere in a block."""
     shared, made = prompt(60, seed=0), []
-    choices = [(name, {}) for name in METHODS] + list(OPTIONS.items())
+    choices = [(name, {}) for name in METHODS] + OPTIONS
     for number, (method, options) in enumerate(choices):
         wish: dict[str, Any] = {"token_budget": 16} if method_class(method).has_budget else {}
         custom = DiffusionParams(
@@ -55,6 +56,7 @@ def alone(tiny_b4_checkpoint: Path, backend: str) -> Bits:
         model=str(tiny_b4_checkpoint),
         attention_backend=backend,
         deterministic=True,
+        sparse_methods=tuple(METHODS),  # by name: pages keep whatever helps one of them
         max_total_tokens=2048,
         max_running_requests=1,
         disable_radix_cache=True,
@@ -65,13 +67,13 @@ def alone(tiny_b4_checkpoint: Path, backend: str) -> Bits:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"chunked_prefill_size": 4}, {"chunked_prefill_size": 24, "max_total_tokens": 176}],
+    [{}, {"chunked_prefill_size": 4}, {"chunked_prefill_size": 24, "max_total_tokens": 192}],
     ids=str,
 )
 def test_company_cuts_caches_and_retraction_change_no_bit(
     tiny_b4_checkpoint: Path, backend: str, alone: Bits, options: dict[str, Any]
 ) -> None:
-    given = {"max_total_tokens": 2048, **options}
+    given = {"max_total_tokens": 2048, "sparse_methods": tuple(METHODS), **options}
     llm = LLM(model=str(tiny_b4_checkpoint), attention_backend=backend, deterministic=True, **given)
     for _ in range(2):  # the second time on a warm cache
         got, retractions = logits_of(llm, requests())

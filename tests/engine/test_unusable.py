@@ -21,12 +21,18 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in METHODS] + [
     ("losa_plus", {"granule": "page"}),
     ("mage", {"layer_adaptive": True}),
     ("ba_att", {"block_size": 16}),
+    ("ba_att", {"block_size": 16, "sort": False}),
 ]
 
 
 @pytest.fixture(scope="module", params=["native", "torch"])
 def llm(tiny_checkpoint: Path, request: pytest.FixtureRequest) -> LLM:
-    llm = LLM(model=str(tiny_checkpoint), attention_backend=request.param, max_total_tokens=4096)
+    llm = LLM(
+        model=str(tiny_checkpoint),
+        attention_backend=request.param,
+        max_total_tokens=4096,
+        sparse_methods=tuple(METHODS),
+    )
     names = dict(llm.engine.parts.runner.model.named_parameters())
     [embedding] = [tensor for name, tensor in names.items() if "embed" in name]
     with torch.no_grad():

@@ -65,6 +65,19 @@ def _named(method: str, choices: list[Case]) -> dict[str, Case]:
 
 CHOICES = _named("quest", [_quest(options) for options in _combinations(QUEST, 0)])
 CHOICES |= _named("losa", [_losa(options) for options in _combinations(LOSA, 1)])
+# A float32 vector and its variance per page are two vectors, as the bounds are; by position 5 key blocks of 16 each.
+CHOICES |= _named(
+    "ba_att",
+    [
+        Case(
+            options={"block_size": 16, "sort": False},
+            opens_dense=False,
+            active=ALL,
+            first="summaries",
+            later=2 * 5,
+        )
+    ],
+)
 CASES = cases.CASES | CHOICES
 
 

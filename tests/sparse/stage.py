@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend, BackendConfig, make_backend
-from losa_runtime.cache.kv_pool import KVPool
+from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.core.batch import ActiveRule, ForwardBatch, ForwardMode, Segment, SparseParams
 from losa_runtime.sparse.attend import SparseAttend
 from losa_runtime.sparse.density import SegmentReport
 from losa_runtime.sparse.memory import Geometry
-from losa_runtime.sparse.method import declared_summaries, make_methods, method_class
+from losa_runtime.sparse.method import make_methods, method_class
 
 CPU = torch.device("cpu")
 BACKEND = "torch"  # what the next stage computes with; the suite runs once per backend (conftest.py)
@@ -84,10 +84,11 @@ class Stage:
         dtype: torch.dtype = torch.float32,
         rows: Rows = random_rows,
         seed: int = 0,
+        summaries: frozenset[Summary] = frozenset(Summary),
     ) -> None:
         self.sizes = s = sizes or Sizes()
         self.rows = rows
-        self.pool = KVPool(s.layers, s.pages, s.kv_heads, s.page, s.dim, dtype, CPU, declared_summaries())
+        self.pool = KVPool(s.layers, s.pages, s.kv_heads, s.page, s.dim, dtype, CPU, summaries)
         for layer in range(s.layers):
             for tensor in (self.pool.k(layer), self.pool.v(layer)):
                 tensor.fill_(torch.nan)

@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from losa_kernels.reference import paging
+from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import InvalidRequest
 from losa_runtime.core.sampling_params import DiffusionParams
-from losa_runtime.sparse.key_blocks import block_logits, cut_keys, share_logits
+from losa_runtime.sparse.key_blocks import block_logits, cut_keys, join_pages, share_logits
 from losa_runtime.sparse.resolve import resolve
 from tests.sparse.oracle import block_outputs
 from tests.sparse.spy import lists, watch
@@ -27,13 +31,19 @@ def keys(length: int, heads: int = 2, dim: int = 8, seed: int = 0) -> Tensor:
 
 
 def run(
-    sizes: Sizes, steps: int = 3, budget: int = 16, layer: int = 0, **options: Any
+    sizes: Sizes,
+    steps: int = 3,
+    budget: int = 16,
+    layer: int = 0,
+    prompt: int = PROMPT,
+    stage: Stage | None = None,
+    **options: Any,
 ) -> tuple[list[Result], list[Lists | None]]:
     """The results of a block, and the lists of one layer (None: everything was read)."""
-    stage = Stage(sizes)
-    stage.prefill("r", PROMPT)
+    stage = stage or Stage(sizes)
+    stage.prefill("r", prompt)
     plans = watch(stage, layer)
-    results = stage.denoise("r", PROMPT, params("ba_att", budget, **options), steps)
+    results = stage.denoise("r", prompt, params("ba_att", budget, **options), steps)
     return results, [None if plan.kv is None else lists(plan) for plan in plans]
 
 
@@ -44,32 +54,59 @@ def metadata_vectors(results: list[Result], sizes: Sizes) -> list[int]:
 
 
 @pytest.mark.parametrize(("length", "size"), [(40, 8), (41, 8), (47, 8), (5, 8), (9, 1)])
-@pytest.mark.parametrize("by_norm", [True, False])
-def test_every_key_is_in_one_block_and_blocks_follow_the_norm(length: int, size: int, by_norm: bool) -> None:
+def test_every_key_is_in_one_block_and_blocks_follow_the_norm(length: int, size: int) -> None:
     some = keys(length)
-    blocks = cut_keys(some, size, by_norm)
+    blocks = cut_keys(some, size, by_norm=True)
+    assert blocks.order_Gnc is not None
     for g in range(2):
         order = blocks.order_Gnc[g].flatten()
         real, padding = order[:length], order[length:]
         assert sorted(real.tolist()) == list(range(length)) and padding.tolist() == [length] * (-length % size)
-        norms = some[g].norm(dim=-1)
-        assert torch.equal(real, norms.argsort()) if by_norm else real.tolist() == list(range(length))
+        assert torch.equal(real, some[g].norm(dim=-1).argsort())
 
 
 @pytest.mark.parametrize("length", [40, 43])
-def test_blocks_know_the_mean_and_variance_of_their_keys(length: int) -> None:
+@pytest.mark.parametrize("by_norm", [True, False])
+def test_blocks_know_the_mean_and_variance_of_their_keys(length: int, by_norm: bool) -> None:
     some = keys(length)
-    blocks = cut_keys(some, 8, by_norm=True)
+    blocks, bare = (cut_keys(some, 8, by_norm, spread) for spread in (True, False))
+    assert blocks.variance_GnD is not None and bare.variance_GnD is None and torch.equal(bare.mean_GnD, blocks.mean_GnD)
+    assert (blocks.order_Gnc is None) == (bare.order_Gnc is None) == (not by_norm)
     for g in range(2):
-        for block, mean, variance in zip(blocks.order_Gnc[g], blocks.mean_GnD[g], blocks.variance_GnD[g], strict=True):
-            mine = some[g, block[block < length]]
-            torch.testing.assert_close(mean, mine.mean(0))
-            torch.testing.assert_close(variance, mine.var(0, correction=0))
+        order = torch.arange(length) if blocks.order_Gnc is None else blocks.order_Gnc[g].flatten()[:length]
+        for i, block in enumerate(order.split(8)):
+            mine = some[g, block]
+            torch.testing.assert_close(blocks.mean_GnD[g, i], mine.mean(0))
+            torch.testing.assert_close(blocks.variance_GnD[g, i], mine.var(0, correction=0))
+
+
+@given(
+    page=st.sampled_from([1, 4, 16]),
+    per=st.integers(1, 5),
+    length=st.integers(1, 150),
+    far=st.sampled_from([0.0, 50.0]),
+)
+def test_pages_joined_are_the_blocks_cut_of_their_keys(page: int, per: int, length: int, far: float) -> None:
+    """With short last pages and short last blocks, and keys that are far from zero and close together."""
+    some = keys(length, seed=length) + far
+    pages = -(-length // page)
+    held = torch.full((2, pages * page, 8), torch.nan)  # behind the last key nothing was ever written
+    held[:, :length] = some
+    filled = torch.full((pages,), page)
+    filled[-1] = length - (pages - 1) * page
+    moments = paging.key_moments(held.unflatten(1, (-1, page)).transpose(0, 1), filled)
+    want, got = cut_keys(some, per * page, by_norm=False), join_pages(moments, page, length, per * page)
+    assert got.order_Gnc is None and want.order_Gnc is None
+    torch.testing.assert_close(got.mean_GnD, want.mean_GnD, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.variance_GnD, want.variance_GnD, rtol=1e-4, atol=1e-6)
+    bare = join_pages(moments[:, :, :1], page, length, per * page)
+    assert bare.variance_GnD is None and torch.equal(bare.mean_GnD, got.mean_GnD)
 
 
 def test_equal_norms_stay_in_order() -> None:
     some = torch.ones(1, 7, 4) * torch.tensor([2.0, 1, 2, 1, 1, 2, 2])[:, None]
-    assert cut_keys(some, 7, by_norm=True).order_Gnc.flatten().tolist() == [1, 3, 4, 0, 2, 5, 6]
+    order = cut_keys(some, 7, by_norm=True).order_Gnc
+    assert order is not None and order.flatten().tolist() == [1, 3, 4, 0, 2, 5, 6]
 
 
 def test_positions_of_chosen_blocks_are_sorted_and_end_with_the_prefix() -> None:
@@ -151,11 +188,65 @@ def test_one_block_is_everything() -> None:
 @pytest.mark.parametrize(("budget", "size", "count"), [(16, 8, 2), (16, 5, 4), (8, 32, 1), (40, 32, 2)])
 def test_a_budget_is_rounded_up_to_whole_key_blocks(budget: int, size: int, count: int) -> None:
     _, seen = run(Sizes(), budget=budget, block_size=size, sort=False)
-    for chosen in seen:
-        assert chosen is not None
-        for each in chosen:
-            assert len({at // size for at in each}) == count
-            assert set(each) == {at for at in range(PROMPT) if at // size in {p // size for p in each}}
+    assert all(chosen is not None and {len(set(each)) for each in chosen} == {count} for chosen in seen)
+
+
+@pytest.mark.parametrize("size", [16, 32, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variance_layers", ["ends", "none"])
+def test_page_moments_give_the_answers_of_the_keys(
+    sizes: Sizes, size: int, dtype: torch.dtype, variance_layers: str
+) -> None:
+    """The same key blocks are chosen, with numbers that are the same to rounding, and no key is read to choose them."""
+    sizes, prompt, found = sizes._replace(layers=3), PROMPT + sizes.block, []
+    options = {"block_size": size, "sort": False, "variance_layers": variance_layers}
+    for kept in (frozenset(Summary), frozenset({Summary.KEY_BOUNDS})):
+        stage = Stage(sizes, dtype, summaries=kept)
+        found.append(run(sizes, 3, 32, layer=1, prompt=prompt, stage=stage, **options))
+        if kept == frozenset(Summary):
+            stage.backend.prefix_keys = None  # type: ignore[method-assign, assignment]
+            stage.denoise("r", prompt, params("ba_att", 32, **options), 1)
+    (with_moments, chosen), (without, also_chosen) = found
+    assert chosen == also_chosen and chosen[0] is not None
+    for mine, other in zip(with_moments, without, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine.layers, other.layers, strict=True))
+        assert mine.report is not None and other.report is not None
+        assert mine.report._replace(metadata_bytes=0)[1:] == other.report._replace(metadata_bytes=0)[1:]
+    spread, blocks, wide = 2 * (variance_layers == "ends"), -(-prompt // size), 4 // dtype.itemsize
+    later, scale = [wide * blocks * (3 + spread)] * 2, dtype.itemsize / 4
+    bytes_read = [
+        [vectors * scale for vectors in counted]
+        for counted in ([wide * -(-prompt // sizes.page) * (3 + spread), *later], [3 * prompt, *later])
+    ]
+    assert [metadata_vectors(with_moments, sizes), metadata_vectors(without, sizes)] == bytes_read
+
+
+@pytest.mark.parametrize(("size", "sort"), [(8, False), (24, False), (16, True)])
+def test_keys_are_read_where_moments_are_of_no_use(size: int, sort: bool) -> None:
+    """Blocks that are not whole pages, and blocks by norm."""
+    sizes = Sizes(block=4, page=16)
+    results, _ = run(sizes, block_size=size, sort=sort)
+    assert metadata_vectors(results, sizes)[0] == 2 * PROMPT
+
+
+def test_blocks_committed_one_by_one_are_seen_by_the_next(sizes: Sizes) -> None:
+    """Moments of the last page grow with it: after every commit the choice is that of keys."""
+    sparse, seen = params("ba_att", 16, block_size=16, sort=False, variance_layers="all"), []
+    for kept in (frozenset(Summary), frozenset({Summary.KEY_BOUNDS})):
+        stage, outs = Stage(sizes, summaries=kept), []
+        plans = watch(stage)
+        stage.prefill("r", 48)
+        for start in range(48, 48 + 6 * sizes.block, sizes.block):
+            outs.append(stage.denoise("r", start, sparse, 2))
+            stage.prefill("r", start + sizes.block, start)
+        seen.append(([lists(plan) for plan in plans], outs))
+    assert seen[0][0] == seen[1][0]
+    assert all(
+        torch.equal(x, y)
+        for one, other in zip(*(outs for _, outs in seen), strict=True)
+        for a, b in zip(one, other, strict=True)
+        for x, y in zip(a.layers, b.layers, strict=True)
+    )
 
 
 def test_every_step_chooses_anew_among_the_same_blocks(sizes: Sizes) -> None:
@@ -166,10 +257,10 @@ def test_every_step_chooses_anew_among_the_same_blocks(sizes: Sizes) -> None:
     chosen = [lists(plan) for plan in plans]
     assert any(a != b for a, b in pairwise(chosen))
     assert metadata_vectors(results, sizes) == [2 * PROMPT] + [2 * 2 * PROMPT // 4] * 5
-    held = stage.methods["ba_att"]._blocks[0, 0]  # type: ignore[attr-defined]
+    held = stage.methods["ba_att"]._blocks[0, 0].order_Gnc  # type: ignore[attr-defined]
     for each in chosen:
         for g, positions in enumerate(each):
-            mine = {tuple(sorted(block)) for block in held.order_Gnc[g].tolist()}
+            mine = {tuple(sorted(block)) for block in held[g].tolist()}
             assert sum(set(block) <= set(positions) for block in mine) == 8 and len(positions) == 32
 
 
@@ -189,6 +280,8 @@ def test_a_dense_first_step_is_dense_and_changes_nothing_else(sizes: Sizes) -> N
         (16, {"block_size": 7}),
         (16, {"block_size": 1}),
         (24, {"block_size": 16, "sort": False}),
+        (32, {"block_size": 32, "sort": False, "variance_layers": "all"}),
+        (12, {"block_size": 12, "sort": False}),
         (16, {"block_size": 8, "beta": 20.0, "variance_layers": "all"}),
         (16, {"block_size": 8, "variance_layers": "none"}),
         (16, {"block_size": 8, "first_step": "dense", "beta": 0.5}),

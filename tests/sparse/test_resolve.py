@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.batch import ActiveRule, SparseParams
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import ConfigError, InvalidRequest
 from losa_runtime.core.sampling_params import DiffusionParams
 from losa_runtime.sparse.memory import Geometry
 from losa_runtime.sparse.method import METHODS, SparseMethod, method_class
-from losa_runtime.sparse.resolve import default_active_tokens, resolve
+from losa_runtime.sparse.resolve import default_active_tokens, kept_summaries, resolve
 
 GEOMETRY = Geometry(
     2, 4, 2, 8, block_length=16, page_size=16, max_slots=4, context_length=4096, device=torch.device("cpu")
@@ -92,6 +93,23 @@ def test_methods_that_are_not_offered_are_refused_with_the_reason() -> None:
         settled(sparse_methods=("mage",))
     with pytest.raises(ConfigError, match="sparse_methods: found 'sparsest'"):
         settled(sparse_methods=("dense", "sparsest"))
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({}, {Summary.KEY_BOUNDS}),
+        ({"sparse_method": "losa"}, {Summary.KEY_BOUNDS}),
+        ({"sparse_method": "ba_att"}, set(Summary)),
+        ({"sparse_methods": ("dense", "ba_att")}, {Summary.KEY_MOMENTS}),
+        ({"sparse_methods": tuple(METHODS)}, set(Summary)),
+        ({"sparse_methods": ("dense", "mage")}, set()),
+    ],
+)
+def test_pages_keep_what_is_needed_and_what_helps_a_method_that_is_named(
+    config: dict[str, Any], kept: set[Summary]
+) -> None:
+    assert kept_summaries(EngineConfig.parse(model="m", **config)) == kept
 
 
 def test_options_of_the_engine_belong_to_its_method() -> None:

@@ -6,21 +6,20 @@ are left. The most probable path is found by dynamic programming over (position,
 (arXiv 2505.23061); with temperature a path is drawn instead, with its exact probability among all usable ones: products
 of the rows' own probabilities, as a masked model gives no others.
 
-Where a row is wide (in free text), only the LIKELIEST tokens of the hole are looked at, unless none of them leads on:
-what is left out is hardly ever part of the best path, and what is found is usable anyway.
-S states with `done`, V vocabulary, m states before a position.
+Where a state allows very many tokens (in free text), only the LIKELIEST of the hole are looked at, unless none of them
+leads on: what is left out is hardly ever part of the best path, and what is found is usable anyway.
+S states with `done`, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_runtime.grammar.token_automaton import NOWHERE, TokenAutomaton, TokenRow
+from losa_runtime.grammar.token_automaton import NOWHERE, Layer, Shape, TokenAutomaton
 
 LIKELIEST = 1024
 
@@ -38,40 +37,12 @@ class Block(NamedTuple):
     room: int
 
 
-class _Layer:
-    """The rows of the states before a hole, one behind the other, so that all of them are gone through at once."""
-
-    def __init__(self, automaton: TokenAutomaton, states: Ids) -> None:
-        self.states = states
-        self.rows = [automaton.row(int(state)) for state in states]
-        groups = np.array([row.targets.size for row in self.rows])
-        self.first = np.concatenate(([0], np.cumsum(groups)[:-1])).astype(np.int64)  # group of each state
-        self.targets: Ids = np.concatenate([row.targets for row in self.rows])
-
-    @cached_property
-    def narrow(self) -> tuple[NDArray[np.int32], Ids, Ids]:
-        """Of the rows that are not wide: all ids, the first id of each group, and the number of each group."""
-        mine = [n for n, row in enumerate(self.rows) if row.group_V is None]
-        if not mine:
-            nothing = np.empty(0, dtype=np.int64)
-            return nothing.astype(np.int32), nothing, nothing
-        sizes = np.array([self.rows[n].ids.size for n in mine])
-        shifts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-        starts = np.concatenate([self.rows[n].starts + shift for n, shift in zip(mine, shifts, strict=True)])
-        numbers = np.concatenate([self.first[n] + np.arange(self.rows[n].targets.size) for n in mine])
-        return np.concatenate([self.rows[n].ids for n in mine]), starts, numbers
-
-    def any_of(self, good_S: Flags) -> Flags:
-        """bool [m]: the states that lead to a good one."""
-        return np.logical_or.reduceat(good_S[self.targets], self.first)
-
-
 class Reach:
     """The states that usable paths pass: good[i], bool [S], before position i, and behind the last one."""
 
     def __init__(self, automaton: TokenAutomaton, block: Block) -> None:
         self.automaton, self.block = automaton, block
-        self._layers: list[_Layer | None] = []
+        self.layers: list[Layer | None] = []  # the rows of the states before a hole; None where there are none
         self._before = self._forward()
         self.good = self._backward()
 
@@ -80,29 +51,22 @@ class Reach:
         """Whether any path can be used."""
         return bool(self.good[0].any())
 
-    def layer(self, position: int) -> _Layer | None:
-        """The rows of the states before a hole; None behind a certain end."""
-        return self._layers[position]
-
     def allowed(self, position: int) -> Flags:
         """bool [V]: the ids that some usable path has at a hole. Behind the end of an output nothing is asked, and
         only the ends themselves are given."""
         found = np.zeros(self.automaton.vocabulary.size, dtype=bool)
-        here, behind = self.good[position], self.good[position + 1]
+        here, layer = self.good[position], self.layers[position]
         if here[self.automaton.done]:
             found[self.automaton.ends] = True
-        layer, seen = self._layers[position], set[int]()
-        for state, row in zip(layer.states, layer.rows, strict=True) if layer else ():
-            if not here[state]:
-                continue
-            usable = behind[row.targets]
-            if not usable.all():
-                found[row.ids[usable[row.group_of_id]]] = True
-            elif row.mask_V is None:
-                found[row.ids] = True
-            elif id(row.mask_V) not in seen:
-                seen.add(id(row.mask_V))
-                found |= row.mask_V
+        if layer is not None:
+            used = layer.used(here, self.good[position + 1])
+            ids, starts, numbers = layer.narrow
+            found[ids[np.repeat(used[numbers], np.diff(np.append(starts, ids.size)))]] = True
+            for shape, groups in layer.wide:
+                if used[groups].all():
+                    found |= shape.group_V >= 0
+                elif used[groups].any():
+                    found[shape.ids[used[groups][shape.group_of_id]]] = True
         return found
 
     def only_done(self, position: int) -> bool:
@@ -114,16 +78,17 @@ class Reach:
         automaton, before = self.automaton, [np.array([self.block.state])]
         for token in self.block.tokens.tolist():
             states = before[-1]
-            inner = states[states != automaton.done]
             if token >= 0:
-                self._layers.append(None)
-                behind = np.array([automaton.step(int(state), token) for state in states], dtype=np.int64)
-            else:
-                layer = _Layer(automaton, inner) if inner.size else None
-                self._layers.append(layer)
-                ended = states[states == automaton.done]
-                behind = ended if layer is None else np.concatenate((layer.targets, ended))
-            before.append(np.unique(behind[behind != NOWHERE]))
+                self.layers.append(None)
+                behind = np.unique(automaton.steps(states, token))
+                before.append(behind[behind != NOWHERE])
+                continue
+            inner = states[states != automaton.done]
+            layer = automaton.layer(inner) if inner.size else None
+            self.layers.append(layer)
+            behind = inner if layer is None else layer.behind
+            ended = inner.size < states.size and not (behind.size and behind[-1] == automaton.done)
+            before.append(np.append(behind, automaton.done) if ended else behind)
         return before
 
     def _backward(self) -> list[Flags]:
@@ -133,9 +98,9 @@ class Reach:
             good[0][state] = automaton.can_finish(state, self.block.room)
         for position in reversed(range(self.block.tokens.size)):
             token, behind, here = int(self.block.tokens[position]), good[-1], np.zeros_like(good[0])
-            states, layer = self._before[position], self._layers[position]
+            states, layer = self._before[position], self.layers[position]
             if token >= 0:
-                targets = np.array([automaton.step(int(state), token) for state in states], dtype=np.int64)
+                targets = automaton.steps(states, token)
                 here[states] = (targets != NOWHERE) & behind[targets]
             else:
                 here[states[states == automaton.done]] = behind[automaton.done]
@@ -177,41 +142,43 @@ class _Values:
     def _before(self, position: int, behind_S: Floats) -> Floats:
         """[S]: the values before a position, of those behind it."""
         reach, token = self._reach, int(self._reach.block.tokens[position])
-        here = np.full_like(behind_S, -np.inf)
+        here, layer = np.full_like(behind_S, -np.inf), reach.layers[position]
         here[-1] = behind_S[-1]
         if token >= 0:
-            for state in np.flatnonzero(reach.good[position]).tolist():
-                here[state] = behind_S[self._automaton.step(state, token)]
-        elif (layer := reach.layer(position)) is not None:
-            gains = self._gains(layer, position, behind_S) + behind_S[layer.targets]
-            gather = np.logaddexp.reduceat if self._total else np.maximum.reduceat
-            here[layer.states] = gather(gains, layer.first)
+            states = np.flatnonzero(reach.good[position])
+            here[states] = behind_S[self._automaton.steps(states, token)]
+        elif layer is not None:
+            here[layer.states] = self._through(layer, position, behind_S, exact=False)
+            if layer.wide and not np.isfinite(here[reach.good[position]]).all():
+                here[layer.states] = self._through(layer, position, behind_S, exact=True)
         return here
 
-    def _gains(self, layer: _Layer, position: int, behind_S: Floats) -> Floats:
-        """Per group of a layer, the log-probability of its best token, or of all of them together."""
-        logp, found = self._logp[position], np.full(layer.targets.size, -np.inf)
+    def _through(self, layer: Layer, position: int, behind_S: Floats, exact: bool) -> Floats:
+        """Per state of a layer, the best of its groups, or all of them together. exact: look at every token."""
+        logp, gains_g = self._logp[position], np.full(layer.groups, -np.inf)
         ids, starts, numbers = layer.narrow
         if numbers.size:
-            found[numbers] = _of_groups(logp[ids], starts, self._total)
-        for row, first in zip(layer.rows, layer.first, strict=True):
-            if row.group_V is not None:
-                some, groups = self._considered(row, position, np.isfinite(behind_S[row.targets]))
-                order = np.argsort(groups, kind="stable")
-                present, starts = np.unique(groups[order], return_index=True)
-                found[first + present] = _of_groups(logp[some[order]], starts, self._total)
+            gains_g[numbers] = self._gather(logp[ids], starts)
+        for shape, groups in layer.wide:
+            if exact:
+                gains_g[groups] = self._gather(logp[shape.ids], shape.starts)
+                continue
+            some, of = self._looked_at(shape, position)
+            order = np.argsort(of, kind="stable")
+            present, starts = np.unique(of[order], return_index=True)
+            if present.size:
+                gains_g[groups][present] = self._gather(logp[some[order]], starts)
+        return self._gather(gains_g[layer.group_e] + behind_S[layer.targets_e], layer.first_m)
+
+    def _gather(self, values: Floats, starts: Ids) -> Floats:
+        """Per group of neighbours, the best, or the logarithm of the sum of all."""
+        found: Floats = (np.logaddexp if self._total else np.maximum).reduceat(values, starts)
         return found
 
-    def _considered(self, row: TokenRow, position: int, usable: Flags) -> tuple[Ids, Ids]:
-        """The tokens of a row that are looked at, and their groups. usable: the groups that lead on."""
-        if row.group_V is not None:
-            likeliest = self._likeliest[position]
-            groups = row.group_V[likeliest]
-            here = groups >= 0
-            found = groups[here].astype(np.int64)
-            if usable[found].any():
-                return likeliest[here], found
-        return row.ids.astype(np.int64), row.group_of_id
+    def _looked_at(self, shape: Shape, position: int) -> tuple[Ids, Ids]:
+        """Those of the likeliest tokens that are in a wide shape, and their groups."""
+        groups = shape.group_V[self._likeliest[position]]
+        return self._likeliest[position][groups >= 0], groups[groups >= 0].astype(np.int64)
 
     def path(self, uniform: Mapping[int, float] | None) -> Ids:
         """The tokens of all positions."""
@@ -222,13 +189,15 @@ class _Values:
             elif state == self._automaton.done:
                 found[position] = self._automaton.ends[0]
             else:
-                row = self._automaton.row(state)
-                usable = self._reach.good[position + 1][row.targets]
-                ids, groups = self._considered(row, position, usable)
-                scores = self._logp[position][ids] + self._value[position + 1][row.targets][groups]
+                shape, targets = self._automaton.row(state)
+                usable = self._reach.good[position + 1][targets]
+                ids, groups = self._looked_at(shape, position) if shape.wide else (shape.ids, shape.group_of_id)
+                if not usable[groups].any():
+                    ids, groups = shape.ids, shape.group_of_id
+                scores = self._logp[position][ids] + self._value[position + 1][targets][groups]
                 pick = _pick(scores, None if uniform is None else uniform[position], usable[groups])
                 found[position] = ids[pick]
-                state = int(row.targets[groups[pick]])
+                state = int(targets[groups[pick]])
         return found
 
 
@@ -247,11 +216,6 @@ class _Likeliest(dict[int, Ids]):
             found = np.sort(np.argpartition(logp, logp.size - LIKELIEST)[logp.size - LIKELIEST :])
         self[hole] = found
         return found
-
-
-def _of_groups(logp: Floats, starts: Ids, total: bool) -> Floats:
-    """Per group of neighbours, the best value or the logarithm of the sum of all."""
-    return np.logaddexp.reduceat(logp, starts) if total else np.maximum.reduceat(logp, starts)
 
 
 def _pick(scores: Floats, uniform: float | None, usable: Flags) -> int:

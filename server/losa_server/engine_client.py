@@ -20,6 +20,7 @@ from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.request import Request, RequestOutput
 from losa_server.channel import AsyncReceiver, AsyncSender, MessageTooLarge, SocketDirectory, checked
 from losa_server.errors import EngineUnavailable, RequestFailed
+from losa_server.logs import LogFormat
 from losa_server.mailbox import Mailbox
 from losa_server.messages import (
     TO_ENGINE,
@@ -78,7 +79,14 @@ class EngineClient:
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
         return self.directory
 
-    def start(self, config: EngineConfig, parent: int, log_level: str, command: Sequence[str] = ENGINE_COMMAND) -> None:
+    def start(
+        self,
+        config: EngineConfig,
+        parent: int,
+        log_level: str,
+        command: Sequence[str] = ENGINE_COMMAND,
+        log_format: LogFormat = "text",
+    ) -> None:
         """Connect, then start the engine process. command: what to run; it reads an EngineStart from its stdin."""
         directory = self.connect()
         start = EngineStart(
@@ -87,6 +95,7 @@ class EngineClient:
             to_frontend=directory.address(TO_FRONTEND),
             parent=parent,
             log_level=log_level,
+            log_format=log_format,
         )
         process = subprocess.Popen(command, stdin=subprocess.PIPE)
         assert process.stdin is not None

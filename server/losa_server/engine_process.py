@@ -24,6 +24,7 @@ from losa_runtime.core.errors import LosaError
 from losa_runtime.core.request import Request, RequestOutput
 from losa_server.channel import ChannelBusy, MessageTooLarge, Receiver, Sender, directory_of
 from losa_server.errors import as_failure
+from losa_server.logs import set_up
 from losa_server.messages import (
     TO_ENGINE,
     AbortRequest,
@@ -242,9 +243,7 @@ def main(factory: EngineFactory = load_engine) -> int:
     except ValidationError as error:
         print(f"losa: this process is started by the server, with its settings on stdin ({error})", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=start.log_level.upper(), format="%(asctime)s engine %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
+    set_up("engine", start.log_level, start.log_format)
     watch_parent(start.parent, directory_of(start.to_engine))
     return run_engine(start, factory)
 

@@ -28,8 +28,10 @@ from losa_server.errors import EngineUnavailable, StartFailed
 from losa_server.http.app import create_app
 from losa_server.http.protocol import http_config
 from losa_server.keys import Keyring
+from losa_server.logs import set_up
 from losa_server.request_manager import RequestManager
 from losa_server.settings import ServerSettings
+from losa_server.tracing import Tracer
 
 log = logging.getLogger("losa.server")
 
@@ -47,9 +49,7 @@ class _Server(uvicorn.Server):
 
 def serve_until_stopped(config: EngineConfig, settings: ServerSettings, command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Serve until SIGINT, SIGTERM (0) or the engine's death (1). command: of the engine process. Raises StartFailed."""
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s server %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
+    set_up("server", settings.log_level, settings.log_format)
     listener = take_port(settings.host, settings.port)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -81,6 +81,7 @@ class _Launch:
     ) -> None:
         self._config, self._settings, self._command, self._listener = config, settings, command, listener
         self._keys = Keyring.of(settings)
+        self._tracer = None if settings.otlp_endpoint is None else Tracer(settings.otlp_endpoint)
         self._console = Console()
         self._stop = asyncio.Event()
         self._died = False
@@ -90,13 +91,16 @@ class _Launch:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
         client = EngineClient(self._engine_died)
-        client.start(self._config, os.getpid(), self._settings.log_level, self._command)
+        settings = self._settings
+        client.start(self._config, os.getpid(), settings.log_level, self._command, settings.log_format)
         try:
             if not await self._load(client):
                 return 0
             await self._serve(client)
         finally:
             await client.close()
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
         return 1 if self._died else 0
 
     def _engine_died(self, _reason: str) -> None:
@@ -121,7 +125,7 @@ class _Launch:
 
     async def _serve(self, client: EngineClient) -> None:
         tokenizer = Tokenizer(client.info["tokenizer_path"], client.info.get("mask_token_id"))
-        app = create_app(RequestManager(client, tokenizer, self._settings), self._keys)
+        app = create_app(RequestManager(client, tokenizer, self._settings), self._keys, self._tracer)
         server = _Server(http_config(app, self._settings))
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         stop = asyncio.create_task(self._stop.wait())

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.request import Alternatives, Request, RequestOutput
+from losa_server.logs import LogFormat
 
 # The most negative log-probability that is sent; stands for "impossible" and keeps JSON free of infinities.
 LOGPROB_FLOOR = -9999.0
@@ -128,6 +129,7 @@ class EngineStart(Message):
     to_frontend: str
     parent: int
     log_level: str = "info"
+    log_format: LogFormat = "text"
 
 
 ToEngine = Annotated[

@@ -62,29 +62,65 @@ class Ask:
     priority: int = 0
 
 
-class Generation:
-    """One request on its way. `answer` is what has come so far; call `advance` for more and `close` in the end."""
+class Watcher(Protocol):
+    """Somebody who counts. Called in the event loop; must not wait and must not raise."""
 
-    def __init__(self, ask: Ask, visit: Visit, request: Request, mailbox: Mailbox, client: EngineClient) -> None:
+    def advanced(self, generation: Generation, tokens: int, gap_s: float) -> None:
+        """New tokens (or none, but other news), and the seconds since the news before, or since the start."""
+
+    def closed(self, generation: Generation) -> None:
+        """The end, whatever it is; see Generation.outcome."""
+
+
+class Generation:
+    """One request on its way. `answer` is what has come so far; call `advance` for more and `close` in the end.
+
+    seconds: from start to finish; first_s: to the first tokens. None before.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        visit: Visit,
+        request: Request,
+        mailbox: Mailbox,
+        client: EngineClient,
+        watchers: Sequence[Watcher] = (),
+    ) -> None:
         self.ask, self.visit, self.prompt_ids, self.rid = ask, visit, request.prompt_ids, request.rid
         self.label = ask.label or self.rid
         self.answer = Answer()
         self.started = time.monotonic()
         self.seconds: float | None = None
-        self._mailbox, self._client = mailbox, client
+        self.first_s: float | None = None
+        self.failure: RequestFailed | None = None
+        self._mailbox, self._client, self._watchers = mailbox, client, watchers
+        self._last_news = self.started
 
     @property
     def finished(self) -> bool:
         """True when the answer is complete."""
         return self.answer.finish is not None
 
+    @property
+    def outcome(self) -> str:
+        """How it ended: stop, length, abort or error as the engine says; refused; or left, while it went on."""
+        if self.answer.finish is not None:
+            return self.answer.finish.type
+        if self.failure is None:
+            return "left"
+        return "error" if self.failure.status_code == 500 else "refused"
+
     async def advance(self) -> None:
         """Wait for news and add all of them to the answer. Raises RequestFailed."""
         try:
             news = await self._mailbox.take()
         except RequestFailed as error:
-            raise self._in_the_clients_words(error) from None
+            self.failure = self._in_the_clients_words(error)
+            raise self.failure from None
+        tokens = -self.answer.completion_tokens
         self.answer.add(news)
+        self._note(tokens + self.answer.completion_tokens)
         finish = self.answer.finish
         if finish is not None:
             self.seconds = time.monotonic() - self.started
@@ -92,8 +128,31 @@ class Generation:
                 raise RequestFailed(finish.status_code or 500, finish.message or "the request failed in the engine")
 
     def close(self) -> None:
-        """Forget the request and, if it goes on, have it aborted. Idempotent; never waits."""
+        """Forget the request and, if it goes on, have it aborted. Called once; never waits."""
         self._client.release(self.rid, self.finished)
+        answer, stats = self.answer, self.answer.stats
+        self.visit.tally.add(
+            self.outcome,
+            self.first_s,
+            prompt_tokens=answer.prompt_tokens,
+            cached_tokens=answer.cached_tokens,
+            completion_tokens=answer.completion_tokens,
+            forwards=stats.forwards,
+            blocks=stats.blocks,
+            denoise_steps=stats.denoise_steps,
+            kv_bytes=stats.kv_bytes,
+            dense_bytes=stats.dense_bytes,
+        )
+        for watcher in self._watchers:
+            watcher.closed(self)
+
+    def _note(self, tokens: int) -> None:
+        now = time.monotonic()
+        gap_s, self._last_news = now - self._last_news, now
+        if tokens and self.first_s is None:
+            self.first_s = now - self.started
+        for watcher in self._watchers:
+            watcher.advanced(self, tokens, gap_s)
 
     def _in_the_clients_words(self, error: RequestFailed) -> RequestFailed:
         """The engine says `prompt` or `input_ids`; the client said e.g. `text` or, in a list, `input_ids.3`."""
@@ -117,6 +176,7 @@ class RequestManager:
     def __init__(self, client: EngineClient, tokenizer: TokenizerFace, settings: ServerSettings) -> None:
         self.client, self.tokenizer, self.settings = client, tokenizer, settings
         self.created = int(time.time())
+        self.watchers: list[Watcher] = []
         self._live: dict[str, Generation] = {}
         self._compiler = Compiler()
 
@@ -150,7 +210,7 @@ class RequestManager:
         requests = [_request(*each, visit) for each in zip(asks, ids, compiled, strict=True)]
         mailboxes = self.client.submit(requests)
         generations = [
-            Generation(ask, visit, request, mailbox, self.client)
+            Generation(ask, visit, request, mailbox, self.client, self.watchers)
             for ask, request, mailbox in zip(asks, requests, mailboxes, strict=True)
         ]
         self._live |= {generation.rid: generation for generation in generations}
@@ -163,10 +223,10 @@ class RequestManager:
         return await asyncio.to_thread(compile_constraint, sampling, self._compiler)
 
     def close_all(self, generations: Sequence[Generation]) -> None:
-        """Close; see Generation.close."""
+        """Close; see Generation.close. Idempotent."""
         for generation in generations:
-            generation.close()
-            self._live.pop(generation.rid, None)
+            if self._live.pop(generation.rid, None) is not None:
+                generation.close()
 
     async def generate(self, asks: Sequence[Ask], visit: Visit) -> list[Generation]:
         """Complete several prompts; finished generations in the order of `asks`.

@@ -9,9 +9,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from losa_runtime.core.options import option
+from losa_server.logs import LogFormat
 
 SERVER = "server"
 ACCESS = "access"
+OBSERVATION = "observation"
 LIMITS = "limits"
 CONNECTION = "connection"
 
@@ -30,7 +32,6 @@ class ServerSettings(BaseModel):
     served_model_name: str | None = option(
         None, SERVER, "id under /v1/models (default: the model's path)", metavar="NAME"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = option("info", SERVER, "what is logged")
     shutdown_s: float = option(3.0, SERVER, "seconds that open connections get when the server is asked to end", ge=0)
 
     api_key: SecretStr | None = option(
@@ -44,6 +45,14 @@ class ServerSettings(BaseModel):
     )
     allowed_origins: tuple[str, ...] = option(
         (), ACCESS, "pages of other sites that may use the server from a browser, e.g. https://lab.example"
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", OBSERVATION, "what is logged")
+    log_format: LogFormat = option("text", OBSERVATION, "log lines for people, or a JSON object per line")
+    log_requests: bool = option(True, OBSERVATION, "log a line per request: counts and times, never its text")
+    enable_metrics: bool = option(True, OBSERVATION, "offer /metrics for Prometheus")
+    otlp_endpoint: str | None = option(
+        None, OBSERVATION, "send a trace span per request to this URL, e.g. http://host:4318/v1/traces", metavar="URL"
     )
 
     max_body_bytes: int = option(32 * 2**20, LIMITS, "largest body of one HTTP request", gt=0)

@@ -20,6 +20,7 @@ from losa_server.launch import take_port
 from losa_server.messages import TO_ENGINE, TO_FRONTEND, EngineReady
 from losa_server.request_manager import RequestManager
 from losa_server.settings import ServerSettings
+from losa_server.tracing import Tracer
 from tests.server.fake_engine import FakeEngine
 
 
@@ -29,8 +30,10 @@ class AppServer:
     send_buffer: bytes that the kernel holds of an answer that nobody reads; None leaves it to the kernel.
     """
 
-    def __init__(self, model: str, send_buffer: int | None = None, **settings: Any) -> None:
-        self.send_buffer = send_buffer
+    def __init__(
+        self, model: str, send_buffer: int | None = None, tracer: Tracer | None = None, **settings: Any
+    ) -> None:
+        self.send_buffer, self.tracer = send_buffer, tracer
         self.settings = ServerSettings(port=0, **{"shutdown_s": 1.0, **settings})
         self.engine = FakeEngine(EngineConfig(model=model, max_queued_requests=600))
         self._up = threading.Event()
@@ -71,7 +74,7 @@ class AppServer:
         if self.send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.send_buffer)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = uvicorn.Server(http_config(create_app(self.manager), self.settings))
+        server = uvicorn.Server(http_config(create_app(self.manager, tracer=self.tracer), self.settings))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)

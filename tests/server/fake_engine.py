@@ -1,12 +1,13 @@
 """An engine without a model: it answers with the prompt itself, four tokens per step. Loads no torch.
 
 Words in the prompt make it misbehave: RAISE (a step raises), REFUSE (add raises), EXIT (the process ends), HANG (no
-progress, until aborted), SLOW (50 ms per step).
+progress, until aborted), SLOW (50 ms per step), GATE (a step that lasts until `gate` is set).
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 from losa_runtime.core.config import EngineConfig
@@ -40,6 +41,7 @@ class FakeEngine:
         self.ended: list[RequestOutput] = []
         self.aborted = self.added = 0
         self.seen: list[Request] = []
+        self.gate, self.waits_at_gate = threading.Event(), False
         self.cached: set[str] = set()
 
     def add(self, request: Request) -> None:
@@ -134,6 +136,9 @@ class FakeEngine:
         if "HANG" in live.text:
             time.sleep(0.005)
             return None
+        if "GATE" in live.text:
+            self.waits_at_gate = True
+            self.gate.wait(20)
         if "SLOW" in live.text:
             time.sleep(0.05)
         live.steps += 1

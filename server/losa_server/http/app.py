@@ -11,18 +11,18 @@ from starlette.responses import Response
 import losa_runtime
 from losa_runtime.core.errors import LosaError
 from losa_server.errors import ClientGone, RequestFailed, as_failure
-from losa_server.http import info, native
-from losa_server.http.exchange import REQUEST_ID, Exchange
+from losa_server.http import info, metrics_route, native
+from losa_server.http.exchange import CLIENT_CLOSED_REQUEST, REQUEST_ID, Exchange, Told, log_exchange
 from losa_server.http.guard import Guard
 from losa_server.http.limits import Limits
 from losa_server.http.replies import error_reply
 from losa_server.keys import Keyring
+from losa_server.metrics import Metrics
 from losa_server.request_manager import RequestManager
+from losa_server.tracing import Tracer
 
-CLIENT_CLOSED_REQUEST = 499
 
-
-def create_app(manager: RequestManager, keys: Keyring | None = None) -> FastAPI:
+def create_app(manager: RequestManager, keys: Keyring | None = None, tracer: Tracer | None = None) -> FastAPI:
     """The application around a request manager, which the caller owns and closes. keys: None reads the settings'."""
     settings = manager.settings
     app = FastAPI(title="losa-runtime", version=losa_runtime.__version__, docs_url=None, redoc_url=None)
@@ -50,8 +50,24 @@ def create_app(manager: RequestManager, keys: Keyring | None = None) -> FastAPI:
             allow_headers=("authorization", "content-type", REQUEST_ID),
             expose_headers=(REQUEST_ID,),
         )
-    app.add_middleware(Exchange)
+    app.add_middleware(Exchange, on_end=_listeners(app, manager, tracer))
     return app
+
+
+def _listeners(app: FastAPI, manager: RequestManager, tracer: Tracer | None) -> tuple[Told, ...]:
+    """Who is told of the end of an exchange: metrics, log, traces, as the settings say."""
+    settings = manager.settings
+    listeners: list[Told] = []
+    if settings.enable_metrics:
+        metrics = app.state.metrics = Metrics(manager, info.served_name(manager))
+        manager.watchers.append(metrics)
+        app.include_router(metrics_route.router)
+        listeners.append(metrics.answered)
+    if settings.log_requests:
+        listeners.append(log_exchange)
+    if tracer is not None:
+        listeners.append(tracer.ended)
+    return tuple(listeners)
 
 
 async def _runtime_error(_: Request, error: Exception) -> Response:

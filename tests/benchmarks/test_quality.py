@@ -112,6 +112,13 @@ def test_every_variant_can_be_served_and_is_another_cell(bundled_checkpoint: Pat
     pages = ablations.settings_of_pages(4096, 64)
     assert {setting.budget for setting in pages} == {64, 256}
     assert pages[0].name == "losa page_size 64"
+    few = ablations.settings(4096, 16, ["ba_att", "dense"], [0.03, 0.12])
+    assert {setting.method for setting in few} == {"ba_att"} and {setting.budget for setting in few} == {128, 496}
+    [paper] = [
+        setting for setting in few if setting.name == "ba_att block_size, sort 128, True" and setting.budget == 128
+    ]
+    assert dict(paper.options) == {"block_size": 128, "sort": True, "first_step": "dense"}
+    assert ablations.settings_of_pages(4096, 64, ["ba_att"]) == []
 
 
 def test_variants_stand_beside_their_defaults() -> None:

@@ -26,6 +26,7 @@ from losa_runtime.scheduler.block import DiffusionBlock
 from losa_runtime.scheduler.policy import Policy, in_order
 from losa_runtime.scheduler.progress import News, after_step, to_output, traced
 from losa_runtime.scheduler.req import Req
+from losa_runtime.scheduler.scoring import positions_of_round
 from losa_runtime.scheduler.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -114,14 +115,12 @@ class Scheduler:
         stores: list[tuple[Req, WorkItem]] = []
         blocks: list[tuple[Req, WorkItem]] = []
         budget = self.limits.prefill_budget
-        # Scoring is bulk work: while others wait for their prefill it gets half of the budget, else all of it.
-        score_budget = budget // 2 if any(req.prefilling for req in reqs) else budget
+        scored = self._positions_to_score(reqs)
         for req in reqs:
             if req.prefilling:
                 continue
             if req.unscored:
-                scores = self._score_items(req, score_budget)
-                score_budget -= sum(item.tokens.size for item in scores)
+                scores = self._score_items(req, scored[req.request.rid])
                 budget -= sum(item.tokens.size for item in scores)
                 blocks.extend((req, item) for item in scores)
             elif req.block is not None and req.block.complete:
@@ -377,12 +376,23 @@ class Scheduler:
             unmasked=block.unmasked,
         )
 
-    def _score_items(self, req: Req, budget: int) -> list[WorkItem]:
+    def _positions_to_score(self, reqs: Sequence[Req]) -> dict[str, int]:
+        """How many, by request; those that are still prefilled have none."""
+        scoring = [req for req in reqs if req.unscored and not req.prefilling]
+        counts = positions_of_round(
+            [len(req.unscored) for req in scoring],
+            [req.unscored.start for req in scoring],
+            self.limits.prefill_budget,
+            self.limits.block_length,
+            alone=len(scoring) == len(reqs),
+        )
+        return {req.request.rid: count for req, count in zip(scoring, counts, strict=True)}
+
+    def _score_items(self, req: Req, count: int) -> list[WorkItem]:
         """One segment per scored position: its block with everything from that position on masked."""
         b = self.limits.block_length
-        positions = req.unscored[: max(1, budget // b)] if budget > 0 else range(0)
         items = []
-        for position in positions:
+        for position in req.unscored[:count]:
             start, offset = position - position % b, position % b
             tokens = np.full(b, self.limits.mask_token_id, dtype=np.int64)
             tokens[:offset] = req.tokens[start:position]

@@ -206,6 +206,7 @@ class RequestManager:
     async def open_all(self, asks: Sequence[Ask], visit: Visit) -> list[Generation]:
         """Send requests, all or none; whoever calls closes them. Raises RequestFailed or InvalidRequest."""
         ids = [tuple(await self.encode(a.prompt, a.field)) if isinstance(a.prompt, str) else a.prompt for a in asks]
+        self._check_sizes(asks, ids)
         compiled = [await self._compiled(ask.sampling) for ask in asks]
         requests = [_request(*each, visit) for each in zip(asks, ids, compiled, strict=True)]
         mailboxes = self.client.submit(requests)
@@ -215,6 +216,18 @@ class RequestManager:
         ]
         self._live |= {generation.rid: generation for generation in generations}
         return generations
+
+    def _check_sizes(self, asks: Sequence[Ask], ids: Sequence[tuple[int, ...]]) -> None:
+        """Refuse what is too much before anything is sent. Raises InvalidRequest."""
+        context, scored = self.info.get("context_length"), 0
+        for ask, prompt_ids in zip(asks, ids, strict=True):
+            if isinstance(context, int) and len(prompt_ids) > context:  # the engine would say so, too, but later
+                raise InvalidRequest(ask.field, f"{len(prompt_ids)} tokens", f"at most the context of {context} tokens")
+            scored += 0 if ask.score_start is None else max(0, len(prompt_ids) - ask.score_start)
+        limit = self.settings.max_score_tokens
+        if scored > limit:
+            allowed = f"a start that leaves at most {limit} in one call (--max-score-tokens)"
+            raise InvalidRequest("logprob_start_len", f"{scored} prompt tokens to score", allowed)
 
     async def _compiled(self, sampling: SamplingParams) -> bytes | None:
         """The automaton of a constraint, made here and not in the engine, which would let everybody wait."""

@@ -65,6 +65,9 @@ class ServerSettings(BaseModel):
     head_timeout: float = option(30.0, LIMITS, "seconds in which the head of a request must arrive", gt=0)
     body_timeout: float = option(120.0, LIMITS, "seconds in which the body of a request must arrive", gt=0)
     stall_timeout: float = option(60.0, LIMITS, "seconds that a client may leave an answer unread", gt=0)
+    max_score_tokens: int = option(
+        32768, LIMITS, "prompt tokens that one call may have scored (select, return_logprob); each costs a block", gt=0
+    )
     long_text: int = Field(default=4000, gt=0)
 
     @property

@@ -19,7 +19,8 @@ from tests.server.test_leaving import until
 def strict(bundled: str) -> Iterator[AppServer]:
     """A server with little patience."""
     patience = {"head_timeout": 0.5, "body_timeout": 0.7, "stall_timeout": 0.5}
-    with AppServer(bundled, send_buffer=4096, max_prompts=6, max_prompt_chars=1000, **patience) as running:
+    sizes = {"max_score_tokens": 100, "max_prompts": 6, "max_prompt_chars": 1000}
+    with AppServer(bundled, send_buffer=4096, **sizes, **patience) as running:
         yield running
 
 
@@ -96,6 +97,30 @@ def test_the_longest_text_follows_the_context(http: httpx.Client, bundled: str) 
     with AppServer(bundled) as server:
         assert server.manager.longest_text == 16 * 4096
     assert http.get("/ping").status_code == 200
+
+
+def test_scoring_is_bounded_before_it_costs_anything(strict: AppServer) -> None:
+    def score(**body: Any) -> httpx.Response:
+        body = {"return_logprob": True, "sampling_params": {"max_new_tokens": 0}, **body}
+        return httpx.post(f"{strict.url}/generate", json=body)
+
+    added = strict.engine.added
+    assert score(input_ids=[5] * 100, logprob_start_len=0).status_code == 200
+    assert score(input_ids=[5] * 1000, logprob_start_len=900).status_code == 200
+    assert score(input_ids=[5] * 1000, logprob_start_len=-1).status_code == 200
+    assert score(input_ids=[[5] * 60] * 2, logprob_start_len=[10, 10]).status_code == 200
+    for body in (
+        {"input_ids": [5] * 101, "logprob_start_len": 0},
+        {"input_ids": [5] * 101},
+        {"input_ids": [[5] * 60] * 2, "logprob_start_len": 9},
+    ):
+        reply = score(**body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "logprob_start_len")
+        assert "--max-score-tokens" in reply.json()["error"]["message"]
+    assert strict.engine.added == added + 5
+    reply = httpx.post(f"{strict.url}/generate", json={"input_ids": [[5], [5] * 4097]})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input_ids.1")
+    assert strict.engine.added == added + 5
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def invalid_request(where: str, error: ValidationError) -> InvalidRequest:
     """Turn the first finding of a pydantic ValidationError into an InvalidRequest whose field starts with `where`."""
     first: Any = error.errors(include_url=False)[0]
     loc: Sequence[object] = first["loc"]
-    field = ".".join([where, *(str(part) for part in loc)]) if loc else where
+    field = ".".join([where, *(str(part) for part in loc if part != "[key]")])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InvalidRequest):
         return cause

@@ -21,10 +21,11 @@ _KINDS = {
 
 
 class RequestFailed(LosaError):
-    """A request that ended without a result. status_code: HTTP. field: what was wrong in the body, if anything was."""
+    """A request that ended without a result. status_code: HTTP. field: what was wrong in the body, if anything was.
+    code: a word for machines, where OpenAI's API has one."""
 
-    def __init__(self, status_code: int, message: str, field: str | None = None) -> None:
-        self.status_code, self.message, self.field = status_code, message, field
+    def __init__(self, status_code: int, message: str, field: str | None = None, code: str | None = None) -> None:
+        self.status_code, self.message, self.field, self.code = status_code, message, field, code
         super().__init__(message)
 
     @property

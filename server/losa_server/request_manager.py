@@ -34,10 +34,14 @@ class TokenizerFace(Protocol):
     """What the HTTP process needs of a tokenizer; `losa_runtime.tokenizer.Tokenizer` has it."""
 
     vocab_size: int
+    chat_template: str | None
+    named_specials: dict[str, str]
+    special_texts: tuple[str, ...]
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_text(self, token_id: int) -> str: ...
+    def pieces(self, ids: Sequence[int], skip_special_tokens: bool = True) -> list[bytes]: ...
 
 
 @dataclass(frozen=True)

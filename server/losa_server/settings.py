@@ -68,6 +68,7 @@ class ServerSettings(BaseModel):
     max_score_tokens: int = option(
         32768, LIMITS, "prompt tokens that one call may have scored (select, return_logprob); each costs a block", gt=0
     )
+    chat_template_timeout: float = option(10.0, LIMITS, "seconds that rendering one conversation may take", gt=0)
     long_text: int = Field(default=4000, gt=0)
 
     @property

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -9,26 +13,38 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import losa_runtime
+from losa_runtime.chat_template import PLAIN_TEMPLATE
 from losa_runtime.core.errors import LosaError
 from losa_server.errors import ClientGone, RequestFailed, as_failure
 from losa_server.http import info, metrics_route, native
 from losa_server.http.exchange import CLIENT_CLOSED_REQUEST, REQUEST_ID, Exchange, Told, log_exchange
 from losa_server.http.guard import Guard
 from losa_server.http.limits import Limits
+from losa_server.http.openai import chat, completions, models
+from losa_server.http.openai.call import served_name
 from losa_server.http.replies import error_reply
 from losa_server.keys import Keyring
 from losa_server.metrics import Metrics
+from losa_server.rendering.renderer import Renderer
 from losa_server.request_manager import RequestManager
 from losa_server.tracing import Tracer
 
+log = logging.getLogger("losa.server")
+
 
 def create_app(manager: RequestManager, keys: Keyring | None = None, tracer: Tracer | None = None) -> FastAPI:
-    """The application around a request manager, which the caller owns and closes. keys: None reads the settings'."""
+    """The application around a request manager, which the caller owns and closes. keys: None reads the settings'.
+
+    Its lifespan ends what it has started.
+    """
     settings = manager.settings
-    app = FastAPI(title="losa-runtime", version=losa_runtime.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="losa-runtime", version=losa_runtime.__version__, docs_url=None, redoc_url=None, lifespan=_lifespan
+    )
     app.state.manager = manager
-    app.include_router(native.router)
-    app.include_router(info.router)
+    app.state.renderer = _renderer(manager)
+    for room in (native, info, models, completions, chat):
+        app.include_router(room.router)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(LosaError, _runtime_error)
     app.add_exception_handler(RequestValidationError, _bad_request)
@@ -59,7 +75,7 @@ def _listeners(app: FastAPI, manager: RequestManager, tracer: Tracer | None) -> 
     settings = manager.settings
     listeners: list[Told] = []
     if settings.enable_metrics:
-        metrics = app.state.metrics = Metrics(manager, info.served_name(manager))
+        metrics = app.state.metrics = Metrics(manager, served_name(manager))
         manager.watchers.append(metrics)
         app.include_router(metrics_route.router)
         listeners.append(metrics.answered)
@@ -68,6 +84,22 @@ def _listeners(app: FastAPI, manager: RequestManager, tracer: Tracer | None) -> 
     if tracer is not None:
         listeners.append(tracer.ended)
     return tuple(listeners)
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    await app.state.renderer.close()
+
+
+def _renderer(manager: RequestManager) -> Renderer:
+    tokenizer = manager.tokenizer
+    template = tokenizer.chat_template
+    if template is None:
+        log.warning("the checkpoint has no chat template: chat completions use a plain one (USER:…, ASSISTANT:…)")
+        template = PLAIN_TEMPLATE
+    seconds = manager.settings.chat_template_timeout
+    return Renderer(template, tokenizer.named_specials, tokenizer.special_texts, seconds)
 
 
 async def _runtime_error(_: Request, error: Exception) -> Response:

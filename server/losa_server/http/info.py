@@ -13,9 +13,10 @@ from losa_runtime.core.sampling_params import SamplingParams
 from losa_server.errors import EngineUnavailable, RequestFailed
 from losa_server.http.body import unless_disconnected
 from losa_server.http.native_answer import WEIGHT_VERSION
+from losa_server.http.openai.call import served_name
 from losa_server.http.replies import json_reply
 from losa_server.http.streaming import manager_of, visit_of
-from losa_server.request_manager import Ask, RequestManager
+from losa_server.request_manager import Ask
 
 router = APIRouter()
 
@@ -55,11 +56,6 @@ async def health_generate(request: Request) -> Response:
     except RequestFailed as error:
         raise EngineUnavailable(f"the engine could not generate: {error.message}") from None
     return json_reply({"status": "ok"})
-
-
-def served_name(manager: RequestManager) -> str:
-    """The model's public name: as configured, else its path."""
-    return manager.settings.served_model_name or str(manager.info.get("model_path", ""))
 
 
 @router.get("/get_model_info")
@@ -103,30 +99,3 @@ async def server_info(request: Request) -> Response:
             "internal_states": [state],
         }
     )
-
-
-@router.get("/v1/models")
-async def models(request: Request) -> Response:
-    """The served model as an OpenAI model list."""
-    return json_reply({"object": "list", "data": [_model_card(manager_of(request))]})
-
-
-@router.get("/v1/models/{name:path}")
-async def model(request: Request, name: str) -> Response:
-    """The served model, or 404."""
-    manager = manager_of(request)
-    if name != served_name(manager):
-        raise RequestFailed(404, f"there is no model {name!r}; this server has {served_name(manager)!r}", "model")
-    return json_reply(_model_card(manager))
-
-
-def _model_card(manager: RequestManager) -> dict[str, Any]:
-    return {
-        "id": served_name(manager),
-        "object": "model",
-        "created": manager.created,
-        # Routers recognise the dialect of a worker by its owner.
-        "owned_by": "sglang",
-        "root": manager.info.get("model_path"),
-        "max_model_len": manager.info.get("context_length"),
-    }

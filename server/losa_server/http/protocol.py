@@ -122,7 +122,7 @@ def http_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
         app,
         http=protocol,
         ws="none",
-        lifespan="off",
+        lifespan="on",
         log_config=None,
         log_level=settings.log_level,
         access_log=False,

@@ -22,10 +22,11 @@ def json_reply(value: Any, status_code: int = 200, headers: dict[str, str] | Non
 def error_body(error: RequestFailed) -> dict[str, Any]:
     """`{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients and SGLang's read it.
 
-    param: dotted name of the field that was wrong, or null. code: the HTTP status.
+    param: dotted name of the field that was wrong, or null. code: a word if there is one, else the HTTP status.
     """
     message = for_strangers(error.message, ours=error.status_code >= 500)
-    return {"error": {"message": message, "type": error.kind, "param": error.field, "code": error.status_code}}
+    code = error.code or error.status_code
+    return {"error": {"message": message, "type": error.kind, "param": error.field, "code": code}}
 
 
 def error_reply(error: RequestFailed, headers: Mapping[str, str] | None = None) -> Response:

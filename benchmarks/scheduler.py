@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from losa_runtime.core.decoding_params import DecodingParams
 from losa_runtime.core.request import Request
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem, nothing
-from losa_runtime.runner.model_runner import ModelRunner
+from losa_runtime.runner.model_runner import Launched, ModelRunner
 from losa_runtime.scheduler.req import Req, ReqSettings
 from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
 from losa_runtime.sparse.method import method_class
@@ -169,18 +168,18 @@ def _real_forward(args: argparse.Namespace, llm: LLM) -> float:
     prompt = list(range(10, 74))
     params = SamplingParams(temperature=0.0, max_new_tokens=16, ignore_eos=True)
     runner, seconds = llm.engine.parts.runner, []
-    original: Callable[..., Any] = runner.run
+    original: Callable[[Round], Launched] = runner.launch
 
-    def timed(work: Round) -> list[BlockResult]:
+    def timed(work: Round) -> Launched:
         start = time.perf_counter()
-        results: list[BlockResult] = original(work)
+        results = original(work).wait()
         if all(item.mode is ForwardMode.DENOISE for item in work.items):
             seconds.append(time.perf_counter() - start)
-        return results
+        return Launched(work, lambda: results)
 
-    runner.run = timed  # type: ignore[method-assign]
+    runner.launch = timed  # type: ignore[method-assign]
     llm.generate([prompt] * args.requests, params)
-    runner.run = original  # type: ignore[method-assign]
+    runner.launch = original  # type: ignore[method-assign]
     return median(seconds) if seconds else float("nan")
 
 

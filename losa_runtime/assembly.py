@@ -45,6 +45,7 @@ class Parts(NamedTuple):
     """What an engine is made of.
 
     sparse: what a request without wishes gets. context_length: prompt + output of one request, in whole blocks.
+    overlap: whether a forward is in flight between two steps of the engine.
     """
 
     config: EngineConfig
@@ -56,6 +57,7 @@ class Parts(NamedTuple):
     sparse: SparseParams
     context_length: int
     eos_token_ids: frozenset[int]
+    overlap: bool
     folder: str
     tokenizer_folder: str
 
@@ -88,6 +90,7 @@ class Parts(NamedTuple):
             "schedule_policy": config.schedule_policy,
             "deterministic": config.deterministic,
             "fused_commit": not config.disable_fused_commit,
+            "overlap_schedule": self.overlap,
             "debug_poison_pages": config.debug_poison_pages,
             "sparse_method": config.sparse_method,
             "sparse_methods": list(self.runner.methods),
@@ -184,6 +187,7 @@ def assemble(config: EngineConfig) -> Parts:
         sparse=sparse,
         context_length=context_length,
         eos_token_ids=frozenset(eos),
+        overlap=_overlap(config, device),
         folder=str(folder.resolve()),
         tokenizer_folder=str(tokenizer_folder.resolve()),
     )
@@ -197,6 +201,14 @@ def _device(config: EngineConfig) -> torch.device:
     elif name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: found 'cuda', but torch sees no GPU; allowed here: cpu")
     return torch.device(name)
+
+
+def _overlap(config: EngineConfig, device: torch.device) -> bool:
+    """On a CPU the forward takes the very cores that the host's work would run on beside it."""
+    if config.overlap_schedule != "auto":
+        return config.overlap_schedule == "on"
+    logger.info("overlap_schedule auto: %s", "off" if device.type == "cpu" else "on")
+    return device.type != "cpu"
 
 
 def _dtype(option: str, wanted: DType, default: torch.dtype) -> torch.dtype:

@@ -1,8 +1,10 @@
-"""The heart on one screen: `step` = schedule, run, commit. Knows no socket and no prompt text.
+"""The heart on one screen: `step` = schedule and launch, wait and accept, settle. Knows no socket and no prompt text.
 
 Loads model, tokenizer, pools and methods once, settles every request's parameters when it arrives, and from then on
-only moves rounds between the scheduler and the runner. A forward that raises is undone and tried request by request, so
-that one request's trouble stays its own; if the engine itself is the trouble, it says so and is to be replaced.
+only moves rounds between the scheduler and the runner. On a device that computes beside the host one forward is always
+in flight between two steps: texts, messages and whatever the caller does with them are made under it. A forward that
+raises is undone and tried request by request, so that one request's trouble stays its own; if the engine itself is the
+trouble, it says so and is to be replaced.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import EngineBroken, InvalidRequest
 from losa_runtime.core.request import Request, RequestOutput
 from losa_runtime.core.sampling_params import SamplingParams
-from losa_runtime.core.work import BlockResult, Round, RowContext, WorkItem
+from losa_runtime.core.work import Round, RowContext, WorkItem
 from losa_runtime.decoding.penalties import check_logit_bias
 from losa_runtime.decoding.registry import resolve as resolve_decoding
 from losa_runtime.grammar.guide import Guides
+from losa_runtime.runner.model_runner import Launched
 from losa_runtime.scheduler.costs import ReadSum
 from losa_runtime.scheduler.req import Req, ReqSettings
 from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -60,6 +63,8 @@ class Engine:
                 policy=config.schedule_policy,
             ),
         )
+        self.overlap = self.parts.overlap
+        self._flight: Launched | None = None
         self._arrivals = 0
         self._next_check = 0.0
         self.forwards = self._generated = 0
@@ -72,34 +77,61 @@ class Engine:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """One round: schedule, run, commit. Raises EngineBroken when there is no going on."""
-        work = self.scheduler.schedule()
-        outputs = self.scheduler.commit(self._run(work))
+        """One round. With `overlap` it ends with a forward in flight, and what is reported is that of the one before.
+
+        Raises EngineBroken when there is no going on.
+        """
+        if self.overlap:
+            self._accept()
+            self._launch()
+        else:
+            self._launch()
+            self._accept()
+        outputs = self.scheduler.settle()
         self._generated += sum(len(output.token_ids) for output in outputs)
         return outputs
 
-    def _run(self, work: Round) -> list[BlockResult]:
-        """The results of a round; none, and the round undone, if it raised."""
+    def _launch(self) -> None:
+        """Start the next round. One without items has only endings to report, and is over at once."""
+        assert self._flight is None
+        work = self.scheduler.schedule()
         try:
-            results = self.parts.runner.run(work)
+            flight = self.parts.runner.launch(work)
         except Exception as error:
-            logger.exception("a forward over %d segments raised", len(work.items))
-            self._undo(f"{type(error).__name__}: {error}")
-            return []
+            self._undo(error)
+            return
         if work.items:
-            self.forwards += 1
-            self._failures = 0
-            for item in work.items:
-                self._rows[item.mode] += item.tokens.size
-        self._read.add(result.cost for result in results if result.cost is not None)
-        return results
+            self._flight = flight
+        else:
+            self.scheduler.accept([])
 
-    def _undo(self, reason: str) -> None:
+    def _accept(self) -> None:
+        """Take in the results of the round in flight, if there is one; if it raised, it is undone instead."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        try:
+            results = flight.wait()
+        except Exception as error:
+            self._undo(error)
+            return
+        self.forwards += 1
+        self._failures = 0
+        for item in flight.work.items:
+            self._rows[item.mode] += item.tokens.size
+        self._read.add(result.cost for result in results if result.cost is not None)
+        self.scheduler.accept(results)
+
+    def _undo(self, error: Exception) -> None:
         """Leave it to the scheduler to find the request that raises; unless every request does."""
+        logger.error("a forward raised", exc_info=error)
         self.undone += 1
+        reason = f"{type(error).__name__}: {error}"
         suspects = self.scheduler.undo()
         if suspects and all(self.scheduler.is_live(rid) for rid in suspects):
             logger.warning("the requests of that forward are tried one by one: %s", ", ".join(suspects))
+            return
+        if not suspects and self._answers():  # its requests had all ended while it ran
             return
         self._failures += 1
         if not suspects or self._failures >= FAILURES_IN_A_ROW or not self._answers():
@@ -123,7 +155,7 @@ class Engine:
     def rest(self) -> None:
         """Call when no work is left: forgets method state of the last requests and asks, at most every 10 s, whether
         every page is in one hand. Raises EngineBroken if one is not."""
-        if self.scheduler.has_work:
+        if self.has_work():
             return
         self.parts.runner.release(self.scheduler.released())
         now = time.monotonic()
@@ -136,8 +168,8 @@ class Engine:
             raise EngineBroken(f"the page pool is not in order: {error}") from error
 
     def has_work(self) -> bool:
-        """True while a request is live or an ending has not been reported."""
-        return self.scheduler.has_work
+        """True while a request is live, a forward in flight, or an ending not reported."""
+        return self.scheduler.has_work or self._flight is not None
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -159,7 +191,7 @@ class Engine:
 
     def flush_cache(self) -> bool:
         """Drop all cached prefixes. False (and nothing done) while requests are live."""
-        if self.scheduler.has_work:
+        if self.has_work():
             return False
         self.parts.cache.flush()
         return True
@@ -270,6 +302,7 @@ class Engine:
             "retractions": scheduler.retractions,
             "retracted": sum(req.cost.retractions > 0 for req in scheduler.waiting),
             "rows": {mode.value: self._rows[mode] for mode in ForwardMode},
+            "dropped_results": scheduler.dropped,
             "generated_tokens": self._generated,
             **self._read.stats(),
         }

@@ -88,6 +88,10 @@ class EngineConfig(BaseModel):
         False, MEMORY, "store a finished block in a forward of its own, not with the next block's first step"
     )
 
+    overlap_schedule: Literal["auto", "on", "off"] = option(
+        "auto", MEMORY, "make texts and messages of a round while the next forward runs (auto: on a GPU)"
+    )
+
     sparse_method: str = option("dense", SPARSE, "what is read, e.g. dense, quest, losa", metavar="NAME")
     sparse_methods: tuple[str, ...] | None = option(
         None,

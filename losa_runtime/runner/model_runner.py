@@ -5,7 +5,8 @@ The only room that knows model, methods, backend and decoding at once. Knows no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,14 @@ from losa_runtime.sparse.density import SegmentReport
 from losa_runtime.sparse.method import SparseMethod
 
 _BROKEN = "the model's keys and values for this request are not finite; the request was ended"
+
+
+class Launched(NamedTuple):
+    """A forward that may still be running. wait: its results, one per segment in order; to be called once, and before
+    the next launch. Raises what the forward or the sampling has raised."""
+
+    work: Round
+    wait: Callable[[], list[BlockResult]]
 
 
 class ModelRunner:
@@ -43,16 +52,27 @@ class ModelRunner:
             for method in self.methods.values():
                 method.release(slot)
 
-    @torch.inference_mode()
     def run(self, work: Round) -> list[BlockResult]:
         """One forward over the round's segments; one result per segment, in order."""
+        return self.launch(work).wait()
+
+    @torch.inference_mode()
+    def launch(self, work: Round) -> Launched:
+        """The forward of a round. A device is still computing it when this returns. One at a time."""
         self.release(work.released)
         if not work.items:
-            return []
+            return Launched(work, list)
         batch = self.tensors(work.items)
         attend = SparseAttend(self.backend, self.methods, batch)
         hidden_TC = self.model(batch.tokens_T, batch.positions_T, attend)
-        blocks = [item for item in work.items if not item.mode.stores]
+        return Launched(work, lambda: self._results(work.items, batch, hidden_TC, attend))
+
+    @torch.inference_mode()
+    def _results(
+        self, items: Sequence[WorkItem], batch: ForwardBatch, hidden_TC: Tensor, attend: SparseAttend
+    ) -> list[BlockResult]:
+        """What a forward has brought. Sampling has to know numbers, so it waits for the device anyway."""
+        blocks = [item for item in items if not item.mode.stores]
         results = self._unmasker(blocks, hidden_TC[batch.stored :])
         reports = attend.report()
         return self.stored(batch, hidden_TC) + [

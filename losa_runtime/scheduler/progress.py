@@ -20,35 +20,60 @@ class News(NamedTuple):
     trace: tuple[StepTrace, ...] = ()
 
 
-def after_step(req: Req, block: DiffusionBlock) -> News | None:
-    """Judge a block after a denoising step; None while it goes on.
+class Step(NamedTuple):
+    """What a denoising step means for its block, as far as its tokens tell.
+
+    end: offset behind the final tokens, None while the block goes on. stop_at: offset of the stop token among them, if
+    there is one. last: the request ends with this block; if not, its text may still hold a stop string.
+    """
+
+    block: DiffusionBlock
+    end: int | None = None
+    stop_at: int | None = None
+    last: bool = False
+
+
+def judge(req: Req, block: DiffusionBlock) -> Step:
+    """Look at a block after a denoising step.
 
     A block ends early as soon as a stop token stands with nothing masked before it: tokens that are unmasked never
     change, so what lies behind cannot alter what the user sees.
     """
     stop_at = block.first_stop(req.settings.stop_ids)
     if stop_at is not None:
-        return _deliver(req, block, stop_at + 1, stop_at)
+        return Step(block, stop_at + 1, stop_at, last=True)
     if block.complete:
-        return _deliver(req, block, block.limit, None)
-    return None
+        return Step(block, block.limit, last=block.start + block.limit >= req.settings.limit)
+    return Step(block)
 
 
-def _deliver(req: Req, block: DiffusionBlock, end: int, stop_at: int | None) -> News:
+def tell(req: Req, step: Step) -> News | None:
+    """The news of a step, with its trace if that is wanted; None if there are none. To be called once for each step,
+    in order, before the block takes another one."""
+    news = None if step.end is None else _deliver(req, step, step.end)
+    return traced(req, step.block, news) if req.request.trace else news
+
+
+def error(message: str) -> FinishReason:
+    """The end of a request that is not its own fault."""
+    return FinishReason(type="error", message=message, status_code=500)
+
+
+def _deliver(req: Req, step: Step, end: int) -> News:
+    block, stop_at = step.block, step.stop_at
     ids = [int(t) for t in block.tokens[block.known : end]]
     logprobs = [float(p) for p in block.logprobs[block.known : end]]
-    last = stop_at is not None or block.start + end >= req.settings.limit
     # A stop token ends the text but is not part of it.
     keep_stop = stop_at is None or req.request.sampling.no_stop_trim
     spoken = ids if keep_stop else ids[:-1]
-    text, used, matched = req.settings.text.push(spoken, final=last)
+    text, used, matched = req.settings.text.push(spoken, final=step.last)
     finish: FinishReason | None = None
     if matched is not None:
         ids, logprobs = ids[:used], logprobs[:used]
         finish = FinishReason(type="stop", matched=matched)
     elif stop_at is not None:
         finish = FinishReason(type="stop", matched=ids[-1])
-    elif last:
+    elif step.last:
         finish = FinishReason(type="length", length=req.completion_tokens + len(ids))
     req.completion_tokens += len(ids)
     offsets = range(block.known, block.known + len(ids)) if req.wants_alternatives else range(0)

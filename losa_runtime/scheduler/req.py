@@ -74,6 +74,7 @@ class Req:
         self.scores: list[float] = []
         self.score_alternatives: list[Alternatives] = []
         self.completion_tokens = 0
+        self.ended = False  # its ending has been told
         self.cached_tokens: int | None = None
         self.cost = CostSum()
         repeats = request.sampling.repetition_penalty != 1.0

@@ -2,8 +2,11 @@
 
 A round: admit what fits, make room for the blocks that are to be stored (evict, then retract the youngest), then one
 work item per segment. Rows join and leave per step; nobody waits for the slowest block. Each request ends with exactly
-one output that carries a `finish`. A round changes no request before its results are committed, so one that raised can
+one output that carries a `finish`. A round changes no request before its results are accepted, so one that raised can
 be undone: its requests then run alone, one after the other, until it is clear whose fault it was (`trial`).
+
+Results are taken in twice: `accept` does what the next round depends on, `settle` makes texts and messages of it, which
+may wait until the next forward runs. A request may end, or be ended, while its forward runs: the results are dropped.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from losa_runtime.core.errors import InvalidRequest, QueueFull
 from losa_runtime.core.request import FinishReason, RequestOutput
 from losa_runtime.core.work import BlockResult, Ids, Round, WorkItem
 from losa_runtime.scheduler.block import DiffusionBlock
+from losa_runtime.scheduler.outbox import Outbox
 from losa_runtime.scheduler.policy import Policy, in_order
-from losa_runtime.scheduler.progress import News, after_step, to_output, traced
+from losa_runtime.scheduler.progress import Step, error, judge
 from losa_runtime.scheduler.req import Req
 from losa_runtime.scheduler.scoring import positions_of_round
 from losa_runtime.scheduler.trial import Trial
@@ -60,9 +64,10 @@ class Scheduler:
         self._released: list[int] = []  # slots whose method state is still to be forgotten
         self._told = 0  # of those, in the current round
         self._in_round: list[tuple[Req, WorkItem]] = []
-        self._ended: list[RequestOutput] = []  # terminal outputs of requests that ended outside a round
+        self._outbox = Outbox()
         self._trial = Trial()
         self.prompt_tokens = self.hit_tokens = self.retractions = 0
+        self.dropped = 0  # results of requests that had ended
 
     # -- arrivals and departures ------------------------------------------------------------------------------------
 
@@ -86,7 +91,7 @@ class Scheduler:
         return rid in self._live
 
     def abort(self, rid: str) -> bool:
-        """End a live request; its last output comes from the next `commit`. False if there is none of that name."""
+        """End a live request; its last output comes from the next `settle`. False if there is none of that name."""
         req = self._live.get(rid)
         if req is None:
             return False
@@ -96,7 +101,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """True while requests are live or an ending has not been reported yet."""
-        return bool(self.waiting or self.running or self._ended)
+        return bool(self.waiting or self.running or self._outbox)
 
     # -- one round --------------------------------------------------------------------------------------------------
 
@@ -144,26 +149,29 @@ class Scheduler:
 
     def commit(self, results: list[BlockResult]) -> list[RequestOutput]:
         """Take in the results of the round, one per segment in order, and report what is new."""
+        self.accept(results)
+        return self.settle()
+
+    def accept(self, results: list[BlockResult]) -> None:
+        """The first half of `commit`: all that the next round depends on."""
         in_round, self._in_round = self._in_round, []
         del self._released[: self._told]
         self._told = 0
         for req in {id(req): req for req, _ in in_round}.values():
             req.cost.forwards += 1
-        outputs: list[RequestOutput] = []
         for (req, item), result in zip(in_round, results, strict=True):
-            if req.lease is None:  # ended during the round
+            if req.lease is None:
+                self.dropped += 1
                 continue
-            news = self._store(req, item, result) if item.mode.stores else self._apply(req, item, result)
-            if news is not None:
-                outputs.append(to_output(req, news))
-                if news.finish is not None:
-                    self._leave(req)
+            (self._store if item.mode.stores else self._apply)(req, item, result)
         for req in [r for r in self.running if self._has_nothing_to_generate(r)]:
-            finish = FinishReason(type="length", length=0)
-            outputs.append(to_output(req, News(finish=finish)))
-            self._leave(req)
-        outputs.extend(self._ended)
-        self._ended = []
+            self._end(req, FinishReason(type="length", length=0))
+
+    def settle(self) -> list[RequestOutput]:
+        """The second half of `commit`, to be called before the next `accept`: what is new, and who ends with it."""
+        outputs, found = self._outbox.settle()
+        for req in found:
+            self._drop(req)
         return outputs
 
     def undo(self) -> tuple[str, ...]:
@@ -175,7 +183,7 @@ class Scheduler:
         in_round, self._in_round, self._told = self._in_round, [], 0
         reqs = [req for req in {id(req): req for req, _ in in_round}.values() if req.lease is not None]
         if reqs == [self._trial.suspect()]:
-            self._end(reqs[0], _error("the engine failed on this request; the server's log says why"))
+            self._end(reqs[0], error("the engine failed on this request; the server's log says why"))
         else:
             self._trial.open(reqs)
             for req in reqs:
@@ -190,17 +198,23 @@ class Scheduler:
 
     # -- results ----------------------------------------------------------------------------------------------------
 
-    def _apply(self, req: Req, item: WorkItem, result: BlockResult) -> News | None:
-        """Take in what a block segment has brought. What raises here is this request's alone, e.g. its text."""
+    def _apply(self, req: Req, item: WorkItem, result: BlockResult) -> None:
+        """Take in what a block segment has brought. What raises here is this request's alone."""
         if result.error is not None:
-            return self._unusable(req, result)
+            self._unusable(req, result)
+            return
         try:
-            return self._progress(req, item, result)
+            step = self._progress(req, item, result)
         except Exception:
             logger.exception("the results of request %s could not be taken in", req.request.rid)
-            return News(finish=_error("the engine failed on this request's results; the server's log says why"))
+            self._end(req, error("the engine failed on this request's results; the server's log says why"))
+            return
+        if step is not None and (step.end is not None or req.request.trace):
+            self._outbox.put(req, step)
+            if step.last:
+                self._leave(req)
 
-    def _progress(self, req: Req, item: WorkItem, result: BlockResult) -> News | None:
+    def _progress(self, req: Req, item: WorkItem, result: BlockResult) -> Step | None:
         block = req.block
         if item.mode is ForwardMode.SCORE:
             req.scores.append(float(result.logprobs[0]))
@@ -211,34 +225,32 @@ class Scheduler:
         block.accept(result.offsets, result.tokens, result.logprobs)
         if result.alternatives is not None:
             block.alternatives.update(zip(block.latest, result.alternatives, strict=True))
-        news = after_step(req, block)
-        if news is not None and block.complete and news.finish is None:
+        step = judge(req, block)
+        req.cost.blocks += step.end is not None
+        if step.end is not None and not step.last:
             req.tokens[block.start : block.start + block.tokens.size] = block.tokens
             req.length = block.start + block.tokens.size
-            req.cost.blocks += 1
-        elif news is not None:
-            req.cost.blocks += 1
-        return traced(req, block, news) if req.request.trace else news
+        return step
 
-    def _store(self, req: Req, item: WorkItem, result: BlockResult) -> News | None:
+    def _store(self, req: Req, item: WorkItem, result: BlockResult) -> None:
         """The K/V of a store segment are in their pages: share them."""
         if result.error is not None:
-            return self._unusable(req, result)
+            self._unusable(req, result)
+            return
         assert req.lease is not None
         req.committed = item.start + item.tokens.size
         self.cache.publish(req.lease, req.tokens[: req.committed])
         if item.mode is ForwardMode.COMMIT:
             req.block, req.opening = req.opening, None
-        return None
 
-    def _unusable(self, req: Req, result: BlockResult) -> News:
+    def _unusable(self, req: Req, result: BlockResult) -> None:
         """Numbers that are none: the request ends, and nobody will find what it has stored since it came. The K/V of
         this round were never shared; earlier ones looked sound, but the same run of the model has made them."""
         assert req.lease is not None and result.error is not None
         if result.cost is not None and req.block is not None:
             req.cost.add_step(result.cost, first=req.block.step == 0, unmasked=req.block.latest)
         self.cache.condemn(req.lease, req.trusted)
-        return News(finish=_error(result.error))
+        self._end(req, error(result.error))
 
     def _has_nothing_to_generate(self, req: Req) -> bool:
         return req.settings.limit <= req.prompt_len and not req.prefilling and not req.unscored
@@ -328,7 +340,13 @@ class Scheduler:
     # -- endings ----------------------------------------------------------------------------------------------------
 
     def _end(self, req: Req, finish: FinishReason) -> None:
-        self._ended.append(to_output(req, News(finish=finish)))
+        self._outbox.put(req, finish)
+        self._drop(req)
+
+    def _drop(self, req: Req) -> None:
+        """Let a request go, if it is still here."""
+        if self._live.get(req.request.rid) is not req:
+            return
         if req.lease is None:
             self.waiting.remove(req)
             del self._live[req.request.rid]
@@ -415,7 +433,3 @@ class Scheduler:
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.cache.page_size)
-
-
-def _error(message: str) -> FinishReason:
-    return FinishReason(type="error", message=message, status_code=500)

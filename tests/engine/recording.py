@@ -10,6 +10,7 @@ from torch import Tensor
 
 from losa_runtime import LLM, SamplingParams
 from losa_runtime.core.work import BlockResult, Round
+from losa_runtime.runner.model_runner import Launched
 
 Bits = dict[tuple[int, int, int], Tensor]  # (seed of the request, position, step) -> logits
 
@@ -19,16 +20,20 @@ def logits_of(llm: LLM, asked: Sequence[tuple[list[int], SamplingParams]]) -> tu
     runner = llm.engine.parts.runner
     seen: Bits = {}
     rows: list[Tensor] = []
-    run, logits = runner.run, type(runner.model).logits
+    launch, logits = runner.launch, type(runner.model).logits
 
     def recording_logits(self: Any, hidden: Tensor) -> Tensor:
         out: Tensor = logits(self, hidden)
         rows.extend(out.clone())
         return out
 
-    def recording_run(work: Round) -> list[BlockResult]:
+    def recording_launch(work: Round) -> Launched:
+        flight = launch(work)
+        return Launched(work, lambda: recorded(work, flight))
+
+    def recorded(work: Round, flight: Launched) -> list[BlockResult]:
         rows.clear()
-        results: list[BlockResult] = run(work)
+        results = flight.wait()
         owners = [(item, at) for item in work.items if not item.mode.stores for at in item.candidates]  # type: ignore[union-attr]
         for (item, offset), row in zip(owners, rows, strict=True):
             seen[int(item.context.seed), int(item.start + offset), item.step] = row  # type: ignore[union-attr]
@@ -36,6 +41,6 @@ def logits_of(llm: LLM, asked: Sequence[tuple[list[int], SamplingParams]]) -> tu
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(runner.model), "logits", recording_logits)
-        patch.setattr(runner, "run", recording_run)
+        patch.setattr(runner, "launch", recording_launch)
         answers = llm.generate([ids for ids, _ in asked], [params for _, params in asked])
     return seen, sum(answer.stats.retractions for answer in answers)

@@ -22,9 +22,10 @@ PROMPTS = [[66 + (7 * i + j) % 150 for i in range(90)] for j in range(4)]
 CULPRIT = [66 + (5 * i) % 150 for i in range(90)]
 
 
-@pytest.fixture(scope="module")
-def shared_llm(tiny_checkpoint: Path) -> LLM:
-    return LLM(model=str(tiny_checkpoint), max_total_tokens=4096, debug_poison_pages=True)
+@pytest.fixture(scope="module", params=["off", "on"])
+def shared_llm(tiny_checkpoint: Path, request: pytest.FixtureRequest) -> LLM:
+    options: dict[str, Any] = {"debug_poison_pages": True, "overlap_schedule": request.param}
+    return LLM(model=str(tiny_checkpoint), max_total_tokens=4096, **options)
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_arrays_are_token_ids_and_empty_lists_are_no_work(llm: LLM) -> None:
 
 def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = iter([False, False, True])
-    original = llm.engine.parts.runner.run
+    original = llm.engine.parts.runner.launch
 
     def interrupted(work: Any) -> Any:
         if next(steps, False):
@@ -192,7 +192,7 @@ def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest
         return original(work)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.parts.runner, "run", interrupted)
+        patch.setattr(llm.engine.parts.runner, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([PROMPT, PROMPT[1:]], params())
     assert not llm.engine.has_work() and llm.engine.parts.cache.owned_pages == 0

@@ -50,8 +50,12 @@ class World:
         queue: int = 64,
         reuse: bool = True,
         policy: Policy = "fcfs",
+        overlap: bool = False,
+        sudden: bool = False,
     ) -> None:
-        self.block, self.page = block, page
+        self.block, self.page, self.overlap = block, page, overlap
+        self.sudden = sudden  # a forward that raises does so when it is launched, not when it is waited for
+        self.flight: tuple[list[BlockResult], bool] | None = None  # results of the forward in flight; whether it raises
         self.cache = PrefixCache(pages, page, block, reuse=reuse)
         limits = SchedulerLimits(block, MASK, running, queue, budget, fuse, policy)
         self.scheduler = Scheduler(self.cache, limits)
@@ -74,6 +78,7 @@ class World:
         score: int | None = None,
         namespace: str = "",
         priority: int = 0,
+        stop_text: str | None = None,
     ) -> None:
         request = Request(
             rid=rid,
@@ -91,28 +96,59 @@ class World:
             ban_early=(),
             sparse=SparseParams("dense", 16, ActiveRule("count", 1), NoOptions(), 16),
             decoding=DecodingParams("sequential", 0.9, self.block),
-            text=TextStream(IdText(), (), False),
+            text=TextStream(IdText(), () if stop_text is None else (stop_text,), False),
         )
         self.scheduler.add(Req(request, settings, self.arrivals, self.block))
         self.outputs[rid] = []
         self.arrivals += 1
 
     def step(self) -> Round:
+        """As the engine does it; with `overlap` the forward of the returned round is still in flight."""
+        if self.overlap:
+            self.accept()
+            work = self.launch()
+        else:
+            work = self.launch()
+            self.accept()
+        for output in self.scheduler.settle():
+            self.outputs[output.rid].append(output)
+        self.cache.check()
+        return work
+
+    def launch(self) -> Round:
         work = self.scheduler.schedule()
         self.rounds.append(work)
         self.ran = [req.request.rid for req, _ in self.scheduler._in_round]
         raises = bool(work.items) and (self.raising > 0 or not self.guilty.isdisjoint(self.ran))
         for item in work.items[: len(work.items) // 2 if raises else None]:
             self.read_and_write(item)
-        if raises:
-            self.raising -= self.raising > 0
-            self.undone.append(self.scheduler.undo())
-            assert set(self.undone[-1]) == set(self.ran)
-        results = [] if raises else [self.result(item) for item in work.items]
-        for output in self.scheduler.commit(results):
-            self.outputs[output.rid].append(output)
-        self.cache.check()
+        if raises and self.sudden:
+            self.undo()
+        elif work.items:
+            self.flight = ([] if raises else [self.result(item) for item in work.items]), raises
+        else:
+            self.scheduler.accept([])
         return work
+
+    def accept(self) -> None:
+        if self.flight is None:
+            return
+        (results, raises), self.flight = self.flight, None
+        if raises:
+            self.undo()
+        else:
+            self.scheduler.accept(results)
+
+    def undo(self) -> None:
+        self.raising -= self.raising > 0
+        live = {rid for rid in self.ran if self.scheduler.is_live(rid)}
+        assert self.overlap or live == set(self.ran)
+        self.undone.append(self.scheduler.undo())
+        assert set(self.undone[-1]) == live
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self.flight is not None
 
     def read_and_write(self, item: WorkItem) -> None:
         """Every page read must hold exactly this request's prefix; store segments write theirs."""
@@ -146,13 +182,16 @@ class World:
 
     def drain(self, limit: int = 2000) -> None:
         for _ in range(limit):
-            if not self.scheduler.has_work:
+            if not self.has_work:
                 return
             self.step()
         raise AssertionError("the scheduler does not come to an end")
 
     def tokens(self, rid: str) -> list[int]:
         return [t for output in self.outputs[rid] for t in output.token_ids]
+
+    def text(self, rid: str) -> str:
+        return "".join(output.text for output in self.outputs[rid])
 
     def terminal(self, rid: str) -> list[RequestOutput]:
         return [o for o in self.outputs[rid] if o.finish is not None]

@@ -11,11 +11,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from losa_runtime.core.batch import ForwardMode
 from losa_runtime.core.errors import InvalidRequest, QueueFull
 from losa_runtime.text_stream import TextStream
-from tests.scheduler.stub import World
+from tests.scheduler.stub import IdText, World
 
 
 def expected(prompt_len: int, new: int) -> list[int]:
     return [(prompt_len + i) * 7 % 50 for i in range(new)]
+
+
+def until(tokens: list[int], stop: str | None) -> tuple[list[int], str]:
+    """Tokens and text of an answer that a stop string ends; the stub's text has one letter per token."""
+    text = IdText().push(tokens)
+    found = -1 if stop is None else text.find(stop)
+    return (tokens, text) if found < 0 else (tokens[: found + len(stop or "")], text[:found])
 
 
 @pytest.mark.parametrize("prompt_len", [1, 3, 4, 5, 8, 17])
@@ -378,24 +385,91 @@ def test_abort_ends_queued_and_running_requests_once() -> None:
     assert world.cache.owned_pages == 0
 
 
+def test_a_stop_string_found_late_costs_one_forward_and_nothing_else() -> None:
+    """Its request is in the next forward, storing the block: the results are dropped, and nobody finds the pages."""
+    world, plain = World(pages=32, overlap=True), World(pages=32)
+    stop = IdText().push(expected(5, 3))[-2:]
+    for each in (world, plain):
+        each.add("r", list(range(5)), 40, stop_text=stop)
+        each.drain()
+    assert world.text("r") == plain.text("r") and world.tokens("r") == plain.tokens("r")
+    costs = [each.terminal("r")[0].stats.model_copy(update={"queued_s": None}) for each in (world, plain)]
+    assert costs[0] == costs[1]
+    assert world.scheduler.dropped == 2 and plain.scheduler.dropped == 0, "the commit and the next block's first step"
+    assert world.cache.owned_pages == 0 and world.cache.tree.cached_pages == plain.cache.tree.cached_pages == 1
+
+
+def test_a_request_aborted_in_flight_ends_once_and_its_results_are_dropped() -> None:
+    world = World(pages=32, overlap=True)
+    world.add("r", list(range(5)), 40)
+    world.step()
+    assert world.flight is not None and world.scheduler.abort("r") and not world.scheduler.abort("r")
+    world.add("s", list(range(9)), 8)
+    world.drain()
+    assert [o.finish.type for o in world.terminal("r")] == ["abort"] and world.scheduler.dropped == 1  # type: ignore[union-attr]
+    assert world.tokens("s") == expected(9, 8)
+
+
+def test_a_late_stop_and_a_failure_are_one_ending() -> None:
+    """The block's text holds the stop string; before it is looked at, the next forward raises, with this one alone."""
+    world = World(pages=32, overlap=True, sudden=True)
+    world.add("r", list(range(5)), 40, stop_text=IdText().push(expected(5, 3))[-2:])
+    world.launch()
+    [request] = world.scheduler.running
+    while request.length == 5:
+        world.launch() if world.flight is None else world.accept()
+    world.scheduler._trial.open([request])  # it is suspected already
+    world.guilty.add("r")
+    world.launch()
+    for output in world.scheduler.settle():
+        world.outputs[output.rid].append(output)
+    assert [o.finish.type for o in world.terminal("r")] == ["stop"] and not world.has_work  # type: ignore[union-attr]
+
+
+def test_texts_are_told_before_the_round_after_next() -> None:
+    """With a forward in flight, what a round has brought is out when the next one has been launched."""
+    world = World(pages=32, overlap=True)
+    world.add("r", [], 12, score=None)
+    blocks = 0
+    while world.has_work:
+        before = len(world.tokens("r"))
+        world.step()
+        blocks += len(world.tokens("r")) > before
+        request = next(iter(world.scheduler.running), None)
+        assert request is None or len(world.tokens("r")) == request.length, "nothing is held back"
+    assert blocks == 3
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Random arrivals with much sharing, aborts and steps on a pool so small that retraction is common."""
 
-    @initialize(shape=st.sampled_from([(4, 4), (2, 4), (4, 2)]), pages=st.integers(10, 20), fuse=st.booleans())
-    def start(self, shape: tuple[int, int], pages: int, fuse: bool) -> None:
-        self.world = World(pages=pages, block=shape[0], page=shape[1], running=3, budget=8, fuse=fuse)
-        self.asked: dict[str, tuple[int, int]] = {}
+    @initialize(
+        shape=st.sampled_from([(4, 4), (2, 4), (4, 2)]),
+        pages=st.integers(10, 20),
+        fuse=st.booleans(),
+        overlap=st.booleans(),
+        sudden=st.booleans(),
+    )
+    def start(self, shape: tuple[int, int], pages: int, fuse: bool, overlap: bool, sudden: bool) -> None:
+        self.world = World(pages=pages, block=shape[0], page=shape[1], running=3, budget=8, fuse=fuse, overlap=overlap)
+        self.world.sudden = sudden
+        self.asked: dict[str, tuple[int, int, str | None]] = {}
         self.once_guilty: set[str] = set()
 
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14), new=st.integers(0, 14), seed=st.booleans())
-    def arrive(self, prompt: list[int], new: int, seed: bool) -> None:
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14),
+        new=st.integers(0, 14),
+        seed=st.booleans(),
+        stop=st.sampled_from([None, "a", "vc", "jqx", "zz"]),
+    )
+    def arrive(self, prompt: list[int], new: int, seed: bool, stop: str | None) -> None:
         rid = f"r{len(self.asked)}"
         try:
-            self.world.add(rid, prompt, new, score=len(prompt) // 2 if seed else None)
+            self.world.add(rid, prompt, new, score=len(prompt) // 2 if seed else None, stop_text=stop)
         except InvalidRequest:
             assert len(prompt) + new > (self.world.cache.pool.num_pages - 2) * self.world.page
             return
-        self.asked[rid] = (len(prompt), new)
+        self.asked[rid] = (len(prompt), new, stop)
 
     @rule(count=st.integers(1, 6))
     def steps(self, count: int) -> None:
@@ -419,7 +493,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def one_end_each(self) -> None:
-        for rid, (prompt_len, new) in getattr(self, "asked", {}).items():
+        for rid, (prompt_len, new, stop) in getattr(self, "asked", {}).items():
             ends = self.world.terminal(rid)
             assert len(ends) <= 1
             if ends:
@@ -429,7 +503,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                     # Twice in a row for no reason, the second time with one request only, looks like its fault.
                     assert rid in self.once_guilty or (rid,) in self.world.undone[1:]
                 elif how != "abort":
-                    assert self.world.tokens(rid) == expected(prompt_len, new)
+                    tokens, text = until(expected(prompt_len, new), stop)
+                    assert self.world.tokens(rid) == tokens and self.world.text(rid) == text
+                    assert (how == "stop") == (len(text) < len(tokens))
 
     def teardown(self) -> None:
         if hasattr(self, "world"):

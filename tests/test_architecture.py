@@ -197,6 +197,11 @@ def test_every_room_says_what_it_is_for() -> None:
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "pickle.Unpickler"}
 UNSAFE_METHODS = {"send_pyobj", "recv_pyobj"}
+# What shipped code must not say: code from checkpoints, shells, loaders that build objects, templates without a
+# sandbox, and middleware that hides a client's leaving from the handlers.
+UNSAFE_NAMES = {"BaseHTTPMiddleware", "jinja2.Environment", "yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader"}
+SHIPPED_UNSAFE_CALLS = {"torch.load", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load", "app.middleware"}
+UNSAFE_OPTIONS = {"trust_remote_code": "False", "allow_pickle": "False", "shell": "False", "weights_only": "True"}
 
 
 def imported_roots(node: ast.AST) -> set[str]:
@@ -224,11 +229,29 @@ def findings(source: str, place: str = "losa_runtime") -> list[str]:
     for node in ast.walk(ast.parse(source)):
         found += [f"imports {name}" for name in imported_roots(node) & unsafe]
         name = called(node)
-        if name in UNSAFE_CALLS or name.split(".")[-1] in UNSAFE_METHODS or (shipped and name == "torch.load"):
+        if name in UNSAFE_CALLS or name.split(".")[-1] in UNSAFE_METHODS:
             found.append(f"calls {name}")
-        if isinstance(node, ast.keyword) and node.arg == "weights_only" and ast.unparse(node.value) != "True":
-            found.append("reads pickles with torch.load")
+        if isinstance(node, ast.keyword) and ast.unparse(node.value) != UNSAFE_OPTIONS.get(node.arg or ""):
+            found += [f"says {ast.unparse(node)}"] if node.arg in UNSAFE_OPTIONS else []
+        if shipped:
+            found += shipped_findings(node, name)
     return found
+
+
+def shipped_findings(node: ast.AST, name: str) -> list[str]:
+    """The same for what only shipped code must not do. name: of what a call calls."""
+    if name in SHIPPED_UNSAFE_CALLS:
+        return [f"calls {name}"]
+    if isinstance(node, ast.ImportFrom):
+        return [f"imports {a.name}" for a in node.names if {a.name, f"{node.module}.{a.name}"} & UNSAFE_NAMES]
+    if isinstance(node, ast.Attribute) and ast.unparse(node) in UNSAFE_NAMES:
+        return [f"says {ast.unparse(node)}"]
+    if isinstance(node, ast.Tuple | ast.List):
+        words = [ast.unparse(item) for item in node.elts]
+        if words[:2] == ["sys.executable", "'-m'"]:
+            # Without -P the folder that somebody stands in, maybe a downloaded checkpoint, is searched for modules.
+            return ["starts python without -P"]
+    return []
 
 
 def test_no_pickle_marshal_or_eval() -> None:
@@ -252,6 +275,19 @@ def test_no_pickle_marshal_or_eval() -> None:
         ("torch.load('x')", 1),
         ("read('x', weights_only=False)", 1),
         ("model.eval()", 0),
+        ("AutoModel.from_pretrained(x, trust_remote_code=True)", 1),
+        ("AutoModel.from_pretrained(x, trust_remote_code=False)", 0),
+        ("AutoModel.from_pretrained(x, trust_remote_code=config.trust)", 1),
+        ("np.load(f, allow_pickle=True)", 1),
+        ("subprocess.run(c, shell=True)", 1),
+        ("from starlette.middleware.base import BaseHTTPMiddleware", 1),
+        ("@app.middleware('http')\nasync def f(): ...", 1),
+        ("from jinja2 import Environment", 1),
+        ("jinja2.Environment()", 1),
+        ("yaml.load(f, yaml.Loader)", 1),
+        ("yaml.load(f, yaml.SafeLoader)", 0),
+        ("C = (sys.executable, '-m', 'x')", 1),
+        ("C = (sys.executable, '-P', '-m', 'x')", 0),
         ("from .pickle import jar", 0),
     ],
 )

@@ -74,7 +74,7 @@ class Compiler:
     def _running(self) -> subprocess.Popen[bytes]:
         """The worker, warmed up: its start does not count as a pattern's time."""
         if self._worker is None or self._worker.poll() is not None:
-            command = (sys.executable, "-m", "losa_runtime.grammar.compile_worker", str(self.memory_limit))
+            command = (sys.executable, "-P", "-m", "losa_runtime.grammar.compile_worker", str(self.memory_limit))
             worker = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
             )

@@ -42,7 +42,7 @@ from losa_server.messages import (
 
 log = logging.getLogger("losa.server")
 
-ENGINE_COMMAND = (sys.executable, "-m", "losa_server.engine_process")
+ENGINE_COMMAND = (sys.executable, "-P", "-m", "losa_server.engine_process")
 
 
 class EngineClient:

@@ -70,8 +70,8 @@ def _side_by_side(stale: list[Job], chosen: argparse.Namespace) -> bool:
     if count == 1:
         return bool(_compile_all(stale, chosen.out))
     names, archs = (list(dict.fromkeys(column)) for column in zip(*stale, strict=True))
-    command = [sys.executable, "-m", "losa_kernels.triton.compile", "--out", str(chosen.out), "--jobs", str(count)]
-    command += ["--only", *names, "--arch", *map(str, archs)]
+    command = [sys.executable, "-P", "-m", "losa_kernels.triton.compile"]
+    command += ["--out", str(chosen.out), "--jobs", str(count), "--only", *names, "--arch", *map(str, archs)]
     running = [subprocess.Popen([*command, "--part", str(part)]) for part in range(count)]
     codes = [process.wait() for process in running]
     return any(codes)

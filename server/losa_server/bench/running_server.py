@@ -43,7 +43,7 @@ class RunningServer:
         self._ready_s = ready_s
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        head = [sys.executable, "-m", "losa_server", "serve", "--model", model, "--port", str(self.port)]
+        head = [sys.executable, "-P", "-m", "losa_server", "serve", "--model", model, "--port", str(self.port)]
         self.command = [*head, *options]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the object; read after the server's end)
 

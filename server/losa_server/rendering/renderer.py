@@ -18,7 +18,7 @@ from losa_runtime.core.errors import InvalidRequest
 from losa_server.errors import RequestFailed
 from losa_server.rendering.process import HEADER, Setup, frame
 
-COMMAND = (sys.executable, "-m", "losa_server.rendering.process")
+COMMAND = (sys.executable, "-P", "-m", "losa_server.rendering.process")
 START_S = 60.0  # a process imports little, but the machine may be busy
 # What a process gets of our environment: nothing that is secret.
 ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")

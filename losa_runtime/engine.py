@@ -287,6 +287,7 @@ class Engine:
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
+            "waiting_tokens": sum(req.prompt_len for req in scheduler.waiting),
             "pages_total": cache.pool.num_pages,
             "pages_free": cache.pool.free,
             "pages_cached": cache.tree.cached_pages,

@@ -16,7 +16,7 @@ import losa_runtime
 from losa_runtime.chat_template import PLAIN_TEMPLATE
 from losa_runtime.core.errors import LosaError
 from losa_server.errors import ClientGone, RequestFailed, as_failure
-from losa_server.http import info, metrics_route, native
+from losa_server.http import info, loads, metrics_route, native
 from losa_server.http.exchange import CLIENT_CLOSED_REQUEST, REQUEST_ID, Exchange, Told, log_exchange
 from losa_server.http.guard import Guard
 from losa_server.http.limits import Limits
@@ -43,7 +43,7 @@ def create_app(manager: RequestManager, keys: Keyring | None = None, tracer: Tra
     )
     app.state.manager = manager
     app.state.renderer = _renderer(manager)
-    for room in (native, info, models, completions, chat):
+    for room in (native, info, loads, models, completions, chat):
         app.include_router(room.router)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(LosaError, _runtime_error)

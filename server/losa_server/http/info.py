@@ -1,4 +1,4 @@
-"""Routes that tell: health, model and server facts, the model list. Each in all spellings that clients use."""
+"""Routes that tell: health, model and server facts. Each in all spellings that clients use."""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ from losa_runtime.grammar.string_patterns import CHARACTER, UnsupportedPattern, 
 ANY_DEPTH = 2
 MAX_DEPTH = 24
 MAX_SIZE = 48 * 2**10  # characters of the regular expression
+PART_SIZE = 64  # what a part of a schema counts beside the characters of its own
+MAX_WORK = MAX_SIZE * MAX_DEPTH  # all parts together; each character is written again by the parts around it
 
 COMMA, COLON = ", ?", ": ?"
 STRING = f'"{CHARACTER}*"'
@@ -83,6 +85,7 @@ class _Writer:
 
     def __init__(self, root: object) -> None:
         self._root = root
+        self._work = 0
         self._by_type: dict[str, Callable[[Mapping[str, Any], str, tuple[str, ...]], str]] = {
             "string": self._string,
             "integer": self._integer,
@@ -95,6 +98,14 @@ class _Writer:
 
     def value(self, schema: object, where: str, refs: tuple[str, ...]) -> str:
         """The texts that are valid under a schema."""
+        pattern = self._value(schema, where, refs)
+        # References may be followed again and again: a small schema must not keep us busy for hours.
+        self._work += len(pattern) + PART_SIZE
+        if self._work > MAX_WORK:
+            raise UnsupportedSchema(where, "a schema that expands too far", f"at most {MAX_SIZE} characters of pattern")
+        return pattern
+
+    def _value(self, schema: object, where: str, refs: tuple[str, ...]) -> str:
         if where.count("/") > 2 * MAX_DEPTH:
             raise UnsupportedSchema(where, "a deeper schema", f"at most {MAX_DEPTH} levels")
         if schema is True or schema == {}:

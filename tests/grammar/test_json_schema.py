@@ -151,3 +151,17 @@ def test_integers_between_bounds(low: int | None, high: int | None, number: int)
     pattern = integer_range(low, high)
     assert (re.fullmatch(pattern, str(number)) is not None) == wanted
     assert re.fullmatch(pattern, "-0") is None and re.fullmatch(pattern, f"0{abs(number)}") is None
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("leaf", [{"type": "null"}, {"const": "x" * 2000}])
+@pytest.mark.parametrize("branch", ["properties", "anyOf"])
+def test_references_that_multiply_are_refused_in_time(leaf: dict[str, Any], branch: str) -> None:
+    """Each definition uses the next one twice: two dozen of them would be followed millions of times."""
+    definitions: dict[str, Any] = {"d24": leaf}
+    for i in range(24):
+        twice = [{"$ref": f"#/$defs/d{i + 1}"}] * 2
+        both = {"type": "object", "properties": {"a": twice[0], "b": twice[1]}, "additionalProperties": False}
+        definitions[f"d{i}"] = both if branch == "properties" else {"anyOf": twice}
+    with pytest.raises(UnsupportedSchema):
+        schema_pattern({"$ref": "#/$defs/d0", "$defs": definitions})

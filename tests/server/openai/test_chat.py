@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,14 @@ def test_tool_calls_in_a_stream(tool_client: openai.OpenAI) -> None:
     assert found[-1].finish_reason == "tool_calls"
 
 
+def test_a_call_that_has_to_be_made_constrains_the_output(tool_client: openai.OpenAI, tool_server: AppServer) -> None:
+    chat(tool_client, tools=TOOLS, tool_choice="required", extra_body={"cache_salt": "x"})
+    pattern = tool_server.engine.seen[-1].sampling.regex
+    assert pattern is not None and re.fullmatch(pattern, CALL)
+    chat(tool_client, tools=TOOLS)
+    assert tool_server.engine.seen[-1].sampling.regex is None
+
+
 def test_a_template_without_tools_refuses_them(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="has no place for them"):
         chat(client, tools=TOOLS)
@@ -175,7 +184,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 1}, "logprobs"),
     ({"temperature": 1000}, "temperature"),
     ({"response_format": {"type": "grammar"}}, "response_format"),
-    ({"tool_choice": "required", "tools": TOOLS}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "required", "tools": TOOLS}, "tools"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": "auto"}, "function_call"),
     ({"modalities": ["text", "audio"]}, "modalities"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from losa_runtime.core.errors import InvalidRequest
 from losa_server.http.openai.messages import parse_messages
+from losa_server.http.openai.tool_calls import Call, ToolCallScanner
 from losa_server.http.openai.tools import parse_tools
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1]}'}}
@@ -75,11 +77,30 @@ def test_bad_messages_name_their_field(given: Any, field: str) -> None:
 
 
 def test_tools_are_offered_unless_the_choice_is_none() -> None:
-    assert parse_tools({"tools": [TOOL], "parallel_tool_calls": True}) == ([TOOL], ("f",))
+    assert parse_tools({"tools": [TOOL], "parallel_tool_calls": True}) == ([TOOL], ("f",), None)
     assert parse_tools({"tools": [TOOL], "tool_choice": "auto"}).names == ("f",)
-    assert parse_tools({"tools": [TOOL], "tool_choice": "none"}) == ([], ())
+    assert parse_tools({"tools": [TOOL], "tool_choice": "none"}) == ([], (), None)
     for body in ({}, {"tools": []}, {"tools": None, "tool_choice": "auto", "parallel_tool_calls": False}):
-        assert parse_tools(body) == ([], ())
+        assert parse_tools(body) == ([], (), None)
+
+
+def test_a_call_that_has_to_be_made_is_a_pattern() -> None:
+    exact = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"], "additionalProperties": False}
+    tools = [
+        {"type": "function", "function": {"name": 'f"(', "parameters": exact, "strict": True}},
+        {"type": "function", "function": {"name": "g"}},
+    ]
+    both = parse_tools({"tools": tools, "tool_choice": "required", "parallel_tool_calls": False})
+    assert both.names == ('f"(', "g") and both.offered == tools and both.pattern is not None
+    one = parse_tools({"tools": tools, "tool_choice": {"type": "function", "function": {"name": "g"}}})
+    assert one.names == ("g",) and one.offered == tools and one.pattern is not None
+    f = '<tool_call>\n{"name": "f\\"(", "arguments": {"x": 1}}\n</tool_call>'
+    g = '<tool_call>\n{"name": "g", "arguments": {"y": [true]}}\n</tool_call>'
+    assert re.fullmatch(both.pattern, f) and re.fullmatch(both.pattern, g)
+    assert re.fullmatch(one.pattern, g) and not re.fullmatch(one.pattern, f)
+    assert not re.fullmatch(both.pattern, f.replace("1", "2")) and not re.fullmatch(both.pattern, g + g)
+    scanner = ToolCallScanner(both.names)
+    assert [*scanner.push(f), *scanner.finish()] == [Call('f"(', '{"x":1}')]
 
 
 def tool(**function: Any) -> dict[str, Any]:
@@ -97,8 +118,16 @@ BAD_TOOLS: list[tuple[dict[str, Any], str]] = [
     (tool(name="f", parameters=[]), "tools.0.function.parameters"),
     (tool(name="f", description=1), "tools.0.function.description"),
     (tool(name="f", strict=True), "tools.0.function.strict"),
-    ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
-    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "required", "regex": "a"}, "tool_choice"),
+    ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+    (
+        {**tool(name="f", parameters={"type": "object", "not": {}}), "tool_choice": "required"},
+        "tools.0.function.parameters.not",
+    ),
     ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
 ]
 

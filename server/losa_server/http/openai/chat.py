@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -71,8 +72,12 @@ async def parse_chat(manager: RequestManager, renderer: Renderer, body: Json) ->
     check_model(manager, body.get("model"))
     refuse(body, REFUSED)
     _check_modes(body)
+    tools = await asyncio.to_thread(parse_tools, body)  # schemas may be large
+    if tools.pattern is not None:
+        body = {**body, "regex": tools.pattern, "response_format": None}
     wishes = parse_body(body, ("max_completion_tokens", "max_tokens"), None)
-    tools = parse_tools(body)
+    if tools.pattern is not None:
+        wishes.words.names["regex"] = "tool_choice"
     logprobs = top_logprobs(body, "top_logprobs")
     if logprobs and not flag(body, "logprobs"):
         raise InvalidRequest("top_logprobs", logprobs, "null without `logprobs`")

@@ -171,6 +171,11 @@ class Engine:
         """True while a request is live, a forward in flight, or an ending not reported."""
         return self.scheduler.has_work or self._flight is not None
 
+    @property
+    def queued(self) -> int:
+        """Requests that wait for their admission."""
+        return len(self.scheduler.waiting)
+
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:

@@ -7,9 +7,13 @@ own message that way, but can stop nobody.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,8 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 # Frames that may wait in a socket. The request manager bounds the live requests far below this.
 HIGH_WATER_MARK = 20_000
 MAX_DIRECTORY_LENGTH = 75
+LOCK = "in-use"  # a file that is locked as long as the HTTP process lives
+YOUNG_S = 60.0  # a directory is younger than this between its making and its locking
 
 
 class MessageTooLarge(Exception):
@@ -36,12 +42,13 @@ class ChannelBusy(Exception):
 
 
 class SocketDirectory:
-    """A private directory (mode 0700) for the sockets of one engine life. Whoever made it calls `remove`."""
+    """A private directory (mode 0700) for the sockets of one engine life, and a lock that says it is in use. Whoever
+    made it calls `remove`."""
 
     def __init__(self) -> None:
-        # A socket's path must be shorter than 108 bytes; some temporary directories are too deep for that.
-        deep = len(tempfile.gettempdir()) > MAX_DIRECTORY_LENGTH
-        self.path = Path(tempfile.mkdtemp(prefix="losa-", dir="/tmp" if deep else None))
+        self.path = Path(tempfile.mkdtemp(prefix="losa-", dir=_base()))
+        self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def address(self, direction: Direction) -> str:
         """The zmq address of one direction."""
@@ -50,6 +57,30 @@ class SocketDirectory:
     def remove(self) -> None:
         """Delete the directory and its sockets. Idempotent."""
         shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def remove_stale_directories() -> list[Path]:
+    """Delete socket directories of ours that nobody uses any more (both processes were killed at once); which."""
+    stale = []
+    for path in Path(_base()).glob("losa-*"):
+        with contextlib.suppress(OSError):
+            about, lock = path.lstat(), os.open(path / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                if about.st_uid == os.getuid() and time.time() - about.st_mtime > YOUNG_S:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+                    stale.append(path)
+            finally:
+                os.close(lock)
+    return stale
+
+
+def _base() -> str:
+    # A socket's path must be shorter than 108 bytes; some temporary directories are too deep for that.
+    return "/tmp" if len(tempfile.gettempdir()) > MAX_DIRECTORY_LENGTH else tempfile.gettempdir()
 
 
 def directory_of(address: str) -> Path:

@@ -1,205 +1,32 @@
-"""The process that owns the engine and the device: messages in, steps, messages out.
+"""The process that owns the engine and the device.
 
-It is started as `python -m losa_server.engine_process` with an EngineStart as JSON on its standard input. This room
-knows the engine's face and the messages; it knows neither HTTP nor tokens. Importing it loads no torch.
+It is started as `python -m losa_server.engine_process` with an EngineStart as JSON on its standard input; what it does
+then is in `engine_loop`. Importing it loads no torch.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
-import os
-import shutil
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Protocol
 
 from pydantic import ValidationError
 
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import LosaError
-from losa_runtime.core.request import Request, RequestOutput
-from losa_server.channel import ChannelBusy, MessageTooLarge, Receiver, Sender, directory_of
-from losa_server.errors import as_failure
+from losa_server.channel import Receiver, Sender, directory_of
+from losa_server.engine_loop import EngineFace, EngineLoop
+from losa_server.lifeline import watch_parent
 from losa_server.logs import set_up
-from losa_server.messages import (
-    TO_ENGINE,
-    AbortRequest,
-    EngineFailed,
-    EngineReady,
-    EngineStart,
-    EngineStats,
-    FlushCache,
-    FlushDone,
-    GenerateRequest,
-    GetStats,
-    Message,
-    RequestError,
-    Shutdown,
-    TokenOutputs,
-)
+from losa_server.messages import TO_ENGINE, EngineFailed, EngineReady, EngineStart
+from losa_server.pulse import Pulse, WorkClock
 
 log = logging.getLogger("losa.engine")
 
-IDLE_POLL_S = 0.2  # also how long a stop signal may go unnoticed while idle
-PARENT_POLL_S = 0.25
-REPORT_S = 1.0  # between two unasked reports; a scrape of metrics reads the last one and never waits for a step
-MESSAGES_PER_ROUND = 512  # so that a flood of arrivals cannot keep running requests from their next step
-
-
-class EngineFace(Protocol):
-    """What this process needs of an engine; `losa_runtime.engine.Engine` has it, and so may a test's stand-in."""
-
-    def add(self, request: Request) -> None: ...
-    def abort(self, rid: str) -> bool: ...
-    def step(self) -> list[RequestOutput]: ...
-    def has_work(self) -> bool: ...
-    def flush_cache(self) -> bool: ...
-    def info(self) -> dict[str, object]: ...
-    def stats(self) -> dict[str, object]: ...
-
-
 EngineFactory = Callable[[EngineConfig], EngineFace]
-
-
-class EngineReport:
-    """An engine's counters and what has happened since the last report. tokens: generated ones; the owner counts."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._since = time.monotonic()
-        self._before = (0, 0)
-
-    def make(self, stats: dict[str, object]) -> dict[str, object]:
-        """`stats` and the rates of the time since the last call."""
-        now, tokens = time.monotonic(), (stats.get("prompt_tokens"), stats.get("cached_tokens"))
-        prompt, cached = (value if isinstance(value, int) else 0 for value in tokens)
-        new_prompt, new_cached = prompt - self._before[0], cached - self._before[1]
-        rates = {
-            "gen_throughput": self.tokens / max(now - self._since, 1e-9),
-            "recent_hit_rate": new_cached / new_prompt if new_prompt else 0.0,
-        }
-        self.tokens, self._since, self._before = 0, now, (prompt, cached)
-        return {**stats, **rates}
-
-
-class EngineLoop:
-    """Moves messages and steps until told to stop. `run` returns the exit code of the process."""
-
-    def __init__(self, engine: EngineFace, receiver: Receiver, sender: Sender) -> None:
-        self._engine, self._receiver, self._sender = engine, receiver, sender
-        self._live: set[str] = set()
-        self._stopping = False
-        self._report, self._next_report = EngineReport(), 0.0
-
-    def stop(self) -> None:
-        """Ask the loop to end after the current step; safe to call from a signal handler."""
-        self._stopping = True
-
-    def run(self) -> int:
-        """0 after a Shutdown message or `stop`, 1 after a failure (which every live request has been told of)."""
-        try:
-            while not self._stopping:
-                self._take_messages()
-                if self._engine.has_work() and not self._stopping:
-                    self._send_outputs(self._engine.step())
-                if time.monotonic() >= self._next_report:
-                    self._sender.send(EngineStats(ticket=0, stats=self._report.make(self._engine.stats())))
-                    self._next_report = time.monotonic() + REPORT_S
-        except Exception as error:
-            log.exception("the engine failed in a step")
-            self._fail_all(f"the engine failed: {type(error).__name__}: {error}")
-            return 1
-        return 0
-
-    def _take_messages(self) -> None:
-        wait_s = 0.0 if self._engine.has_work() else IDLE_POLL_S
-        for _ in range(MESSAGES_PER_ROUND):
-            message = self._receiver.receive(wait_s)
-            if message is not None:
-                self._handle(message)
-            if self._stopping or not self._receiver.waiting():
-                return
-            wait_s = 0.0
-
-    def _handle(self, message: Message) -> None:
-        match message:
-            case GenerateRequest(requests=requests):
-                for request in requests:
-                    self._add(request)
-            case AbortRequest(rid=rid):
-                self._engine.abort(rid)
-            case FlushCache(ticket=ticket):
-                self._sender.send(FlushDone(ticket=ticket, flushed=self._engine.flush_cache()))
-            case GetStats(ticket=ticket):
-                self._sender.send(EngineStats(ticket=ticket, stats=self._engine.stats()))
-            case Shutdown():
-                self.stop()
-
-    def _add(self, request: Request) -> None:
-        if request.rid in self._live:
-            log.error("request id %s is in use; the second request was dropped", request.rid)
-            return
-        try:
-            self._engine.add(request)
-        except LosaError as error:
-            failure = as_failure(error)
-            self._refuse(request.rid, failure.status_code, failure.message, failure.field)
-        except Exception as error:
-            # The engine never saw this request run, so the others go on.
-            log.exception("adding request %s failed", request.rid)
-            self._refuse(request.rid, 500, f"the engine could not take the request: {type(error).__name__}", None)
-        else:
-            self._live.add(request.rid)
-
-    def _refuse(self, rid: str, status_code: int, message: str, field: str | None) -> None:
-        self._sender.send(RequestError(rid=rid, status_code=status_code, message=message, field=field))
-
-    def _send_outputs(self, outputs: list[RequestOutput]) -> None:
-        self._live.difference_update(output.rid for output in outputs if output.finish is not None)
-        self._report.tokens += sum(len(output.token_ids) for output in outputs)
-        if not outputs:
-            return
-        try:
-            self._sender.send(TokenOutputs.of(outputs))
-        except MessageTooLarge:
-            for output in outputs:
-                self._send_alone(output)
-
-    def _send_alone(self, output: RequestOutput) -> None:
-        try:
-            self._sender.send(TokenOutputs.of([output]))
-        except MessageTooLarge as error:
-            log.error("the answer to %s cannot be sent: %s", output.rid, error)
-            self._engine.abort(output.rid)
-            self._refuse(output.rid, 500, f"the answer is too large: {error}", None)
-
-    def _fail_all(self, message: str) -> None:
-        try:
-            for rid in self._live:
-                self._refuse(rid, 500, message, None)
-            self._sender.send(EngineFailed(message=message))
-        except ChannelBusy:
-            log.error("the HTTP process does not read; its clients learn of the failure from the end of this process")
-
-
-def watch_parent(parent: int, socket_directory: os.PathLike[str]) -> None:
-    """End this process within a second of its parent's death, even in the middle of a long step.
-
-    Runs in a daemon thread. The parent can no longer remove the socket directory, so this does.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_POLL_S)
-        log.error("the HTTP process is gone; the engine ends")
-        shutil.rmtree(socket_directory, ignore_errors=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
 def load_engine(config: EngineConfig) -> EngineFace:
@@ -212,11 +39,14 @@ def load_engine(config: EngineConfig) -> EngineFace:
 def run_engine(start: EngineStart, factory: EngineFactory) -> int:
     """Load an engine, say so, and serve until the end; the exit code. A failure to load is told, not raised."""
     sender, receiver = Sender(start.to_frontend), Receiver(start.to_engine, TO_ENGINE)
+    clock = WorkClock()
+    pulse = Pulse(start.to_frontend, start.beat_s, clock)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    faulthandler.register(signal.SIGUSR1)  # the parent asks for all stacks before it kills a process that hangs
     try:
         engine = factory(start.config)
-        loop = EngineLoop(engine, receiver, sender)
+        loop = EngineLoop(engine, receiver, sender, clock)
 
         def on_term(_signal: int, _frame: FrameType | None) -> None:
             loop.stop()
@@ -232,6 +62,7 @@ def run_engine(start: EngineStart, factory: EngineFactory) -> int:
         sender.send(EngineFailed(message=f"{type(error).__name__}: {error}"))
         return 1
     finally:
+        pulse.stop()
         receiver.close()
         sender.close()
 

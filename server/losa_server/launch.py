@@ -1,7 +1,8 @@
-"""Starts the engine process and the HTTP server, and ends both: by signal, or when the engine is gone.
+"""Starts the engine process and the HTTP server, and ends both: by signal, or when engines are lost too often.
 
 The order matters: the port is taken first (a clash shows before a model is loaded), the engine must be ready before the
-first connection is accepted, and at the end clients are answered before the engine and the socket directory go.
+first connection is accepted, and at the end the port stays open, for refusals, until accepted requests are answered;
+the engine and the socket directory go last.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from rich.console import Console
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.tokenizer import Tokenizer
 from losa_server.banner import show_ready, show_start
-from losa_server.engine_client import ENGINE_COMMAND, EngineClient
+from losa_server.channel import remove_stale_directories
+from losa_server.engine_client import EngineClient
+from losa_server.engine_life import ENGINE_COMMAND, EngineLife
 from losa_server.errors import EngineUnavailable, StartFailed
 from losa_server.http.app import create_app
 from losa_server.http.protocol import http_config
@@ -31,12 +34,15 @@ from losa_server.keys import Keyring
 from losa_server.logs import set_up
 from losa_server.request_manager import RequestManager
 from losa_server.settings import ServerSettings
+from losa_server.supervisor import Supervisor
 from losa_server.tracing import Tracer
 
 log = logging.getLogger("losa.server")
 
-# How long the HTTP side stays after the engine's death, so that clients and probes are told why.
+# How long the HTTP side stays after it has given up on engines, so that clients and probes are told why.
 FAREWELL_S = 1.0
+DRAIN_POLL_S = 0.02
+LAST_BYTES_S = 0.5  # for answers to get out after a second signal
 
 
 class _Server(uvicorn.Server):
@@ -48,9 +54,13 @@ class _Server(uvicorn.Server):
 
 
 def serve_until_stopped(config: EngineConfig, settings: ServerSettings, command: Sequence[str] = ENGINE_COMMAND) -> int:
-    """Serve until SIGINT, SIGTERM (0) or the engine's death (1). command: of the engine process. Raises StartFailed."""
+    """Serve until SIGINT or SIGTERM (0), or until engines are lost too often (1). command: of the engine process.
+
+    Raises StartFailed."""
     set_up("server", settings.log_level, settings.log_format)
     listener = take_port(settings.host, settings.port)
+    for path in remove_stale_directories():
+        log.info("removed %s, which a server that was killed has left", path)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_Launch(config, settings, command, listener).run())
@@ -84,27 +94,35 @@ class _Launch:
         self._tracer = None if settings.otlp_endpoint is None else Tracer(settings.otlp_endpoint)
         self._console = Console()
         self._stop = asyncio.Event()
-        self._died = False
+        self._at_once = asyncio.Event()
+        self._asked = False
+        self._client = EngineClient()
+        self._supervisor = Supervisor(self._client, self._start_engine, settings.max_restarts, self._gave_up)
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop.set)
-        client = EngineClient(self._engine_died)
-        settings = self._settings
-        client.start(self._config, os.getpid(), settings.log_level, self._command, settings.log_format)
+            loop.add_signal_handler(number, self._ask)
+        self._supervisor.begin()
         try:
-            if not await self._load(client):
-                return 0
-            await self._serve(client)
+            if await self._load(self._client):
+                self._supervisor.keep()
+                await self._serve(self._client)
         finally:
-            await client.close()
+            await self._supervisor.close()
             if self._tracer is not None:
                 await asyncio.to_thread(self._tracer.close)
-        return 1 if self._died else 0
+        return 0 if self._asked else 1
 
-    def _engine_died(self, _reason: str) -> None:
-        self._died = True
+    def _ask(self) -> None:
+        """A signal: the first one asks for an orderly end, the next one for a quick one."""
+        (self._at_once if self._asked else self._stop).set()
+        self._asked = True
+
+    def _start_engine(self, life: EngineLife) -> None:
+        life.start(self._config, os.getpid(), self._settings, self._command)
+
+    def _gave_up(self, _reason: str) -> None:
         asyncio.get_running_loop().call_later(FAREWELL_S, self._stop.set)
 
     async def _load(self, client: EngineClient) -> bool:
@@ -137,9 +155,29 @@ class _Launch:
                 log.warning("listening beyond this machine, without keys: whoever reaches the port can use the server")
         await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
+        await self._drain(client)
         client.refuse("the server is shutting down")
         server.should_exit = True
+        at_once = asyncio.create_task(self._at_once.wait())
+        await asyncio.wait((serving, at_once), return_when=asyncio.FIRST_COMPLETED)
+        at_once.cancel()
+        if not serving.done():
+            await asyncio.wait((serving,), timeout=LAST_BYTES_S)
+            server.force_exit = True
         await serving
+
+    async def _drain(self, client: EngineClient) -> None:
+        """Refuse what comes, on an open port, until what was accepted is answered, time is over, or a second signal."""
+        client.drain("the server is shutting down")
+        self._supervisor.retire()
+        deadline = time.monotonic() + self._settings.drain_timeout
+        waiting = client.live
+        if waiting:
+            log.warning("stopping: %d requests go on for at most %g s", waiting, self._settings.drain_timeout)
+        while client.live and time.monotonic() < deadline and not self._at_once.is_set():
+            await asyncio.sleep(DRAIN_POLL_S)
+        if client.live:
+            log.warning("stopping with %d of them unfinished", client.live)
 
     def _url(self) -> str:
         host, port = self._listener.getsockname()[:2]

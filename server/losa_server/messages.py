@@ -103,6 +103,22 @@ class EngineStats(Message):
     stats: dict[str, Any]
 
 
+class EngineLoad(Message):
+    """How full the queue is, told when it has changed. received: requests that have come so far, refused ones too;
+    waiting: those that wait for their admission."""
+
+    kind: Literal["load"] = "load"
+    received: int
+    waiting: int
+
+
+class Heartbeat(Message):
+    """The engine process is alive. stalled_s: for how long there has been work and no forward has come to its end."""
+
+    kind: Literal["heartbeat"] = "heartbeat"
+    stalled_s: float
+
+
 class FlushDone(Message):
     """Answer to FlushCache. flushed: False when requests were pending and nothing was forgotten."""
 
@@ -122,12 +138,14 @@ class EngineStart(Message):
     """What an engine process reads from its standard input: its configuration and where to speak.
 
     to_engine, to_frontend: socket addresses. parent: process id of the owner; the engine ends when that process does.
+    beat_s: seconds between two heartbeats.
     """
 
     config: EngineConfig
     to_engine: str
     to_frontend: str
     parent: int
+    beat_s: float = 0.5
     log_level: str = "info"
     log_format: LogFormat = "text"
 
@@ -137,7 +155,7 @@ ToEngine = Annotated[
     Field(discriminator="kind"),
 ]
 ToFrontend = Annotated[
-    TokenOutputs | RequestError | EngineReady | EngineStats | FlushDone | EngineFailed,
+    TokenOutputs | RequestError | EngineReady | EngineStats | EngineLoad | Heartbeat | FlushDone | EngineFailed,
     Field(discriminator="kind"),
 ]
 

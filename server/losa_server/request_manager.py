@@ -209,6 +209,7 @@ class RequestManager:
 
     async def open_all(self, asks: Sequence[Ask], visit: Visit) -> list[Generation]:
         """Send requests, all or none; whoever calls closes them. Raises RequestFailed or InvalidRequest."""
+        self.client.require_room(len(asks))
         ids = [tuple(await self.encode(a.prompt, a.field)) if isinstance(a.prompt, str) else a.prompt for a in asks]
         self._check_sizes(asks, ids)
         compiled = [await self._compiled(ask.sampling) for ask in asks]

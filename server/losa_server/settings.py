@@ -22,7 +22,8 @@ class ServerSettings(BaseModel):
     """A field that is declared with `option` is a flag of `losa serve`, a LOSA_… variable and a key of its YAML file;
     nothing else has to be written for it.
 
-    long_text: characters from which tokenizing leaves the event loop.
+    long_text: characters from which tokenizing leaves the event loop. shutdown_s: seconds that finished answers get to
+    reach their clients at the end.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,7 +33,14 @@ class ServerSettings(BaseModel):
     served_model_name: str | None = option(
         None, SERVER, "id under /v1/models (default: the model's path)", metavar="NAME"
     )
-    shutdown_s: float = option(3.0, SERVER, "seconds that open connections get when the server is asked to end", ge=0)
+    drain_timeout: float = option(
+        25.0, SERVER, "seconds that accepted requests get to finish when the server is asked to end", ge=0
+    )
+    heartbeat_timeout: float = option(
+        4.0, SERVER, "seconds without a sign of life after which the engine process is replaced", ge=0.5
+    )
+    watchdog_timeout: float = option(300.0, SERVER, "longest forward, in seconds, before the engine is replaced", gt=0)
+    max_restarts: int = option(3, SERVER, "engines replaced within a minute; one more ends the server", ge=0)
 
     api_key: SecretStr | None = option(
         None, ACCESS, "key that clients must send; best given as LOSA_API_KEY, as other users can see command lines"
@@ -70,6 +78,7 @@ class ServerSettings(BaseModel):
     )
     chat_template_timeout: float = option(10.0, LIMITS, "seconds that rendering one conversation may take", gt=0)
     long_text: int = Field(default=4000, gt=0)
+    shutdown_s: float = Field(default=3.0, ge=0)
 
     @property
     def local(self) -> bool:

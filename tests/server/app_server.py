@@ -13,7 +13,7 @@ import uvicorn
 from losa_runtime.core.config import EngineConfig
 from losa_server.channel import Receiver, Sender
 from losa_server.engine_client import EngineClient
-from losa_server.engine_process import EngineLoop
+from losa_server.engine_loop import EngineLoop
 from losa_server.http.app import create_app
 from losa_server.http.protocol import http_config
 from losa_server.launch import take_port

@@ -1,7 +1,7 @@
 """An engine without a model: it answers with the prompt itself, four tokens per step. Loads no torch.
 
 Words in the prompt make it misbehave: RAISE (a step raises), REFUSE (add raises), EXIT (the process ends), HANG (no
-progress, until aborted), SLOW (50 ms per step), GATE (a step that lasts until `gate` is set).
+progress, until aborted), STICK (a step never ends), SLOW (50 ms per step), GATE (a step lasts until `gate` is set).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FakeEngine:
         self.tokenizer = Tokenizer(config.model)
         self.live: dict[str, _Live] = {}
         self.ended: list[RequestOutput] = []
-        self.aborted = self.added = 0
+        self.aborted = self.added = self.forwards = 0
         self.seen: list[Request] = []
         self.gate, self.waits_at_gate = threading.Event(), False
         self.cached: set[str] = set()
@@ -71,6 +71,13 @@ class FakeEngine:
         self.ended.append(self._output(live, (), "", FinishReason(type="abort", message="aborted")))
         return True
 
+    @property
+    def queued(self) -> int:
+        return len(self.live)
+
+    def rest(self) -> None:
+        assert not self.live
+
     def has_work(self) -> bool:
         return bool(self.live or self.ended)
 
@@ -100,6 +107,7 @@ class FakeEngine:
             "vocab_size": self.tokenizer.vocab_size,
             "mask_token_id": self.tokenizer.mask_token_id,
             "max_total_tokens": 65536,
+            "max_queued_requests": self.config.max_queued_requests,
             "page_bytes": 2**18,
             "sparse_method": self.config.sparse_method,
         }
@@ -133,12 +141,15 @@ class FakeEngine:
             raise RuntimeError("boom in a step")
         if "EXIT" in live.text:
             os._exit(9)
+        if "STICK" in live.text:
+            time.sleep(1000)
         if "HANG" in live.text:
             time.sleep(0.005)
             return None
         if "GATE" in live.text:
             self.waits_at_gate = True
             self.gate.wait(20)
+        self.forwards += 1
         if "SLOW" in live.text:
             time.sleep(0.05)
         live.steps += 1

@@ -33,6 +33,23 @@ def free_port() -> int:
         return port
 
 
+def is_engine(process: psutil.Process) -> bool:
+    """Whether a process is an engine, and not e.g. one that compiles patterns."""
+    try:
+        return any("engine_process" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def gone(process: psutil.Process, seconds: float) -> bool:
+    """Whether a process ends within so many seconds."""
+    try:
+        process.wait(seconds)
+    except psutil.TimeoutExpired:
+        return False
+    return True
+
+
 class ServerProcess:
     """Started on entry, killed with its engine on exit if it is still there."""
 
@@ -66,8 +83,19 @@ class ServerProcess:
     @property
     def engine(self) -> psutil.Process:
         """The engine process."""
-        (engine,) = self.children()
+        (engine,) = [child for child in self.children() if is_engine(child)]
         return engine
+
+    def new_engine(self, before: psutil.Process, seconds: float = 30) -> psutil.Process:
+        """The engine that has taken the place of another, ready to serve."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            engines = [child for child in self.children() if is_engine(child) and child != before]
+            if engines:
+                self.wait_ready(deadline - time.monotonic())
+                return engines[0]
+            time.sleep(0.02)
+        raise AssertionError(f"no other engine: {self.output()}")
 
     def wait_ready(self, seconds: float = 30) -> None:
         """Until /health says 200."""
@@ -85,7 +113,7 @@ class ServerProcess:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal; the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(10)
+        return self.process.wait(20)
 
     def output(self) -> str:
         """What it has printed so far."""

@@ -77,7 +77,7 @@ def test_every_option_arrives() -> None:
 
 def test_every_setting_is_an_option_unless_it_is_nobodys_business() -> None:
     fields = {field for model in ALL_MODELS for field in model.model_fields}
-    assert fields - {option.field for option in options_of(*ALL_MODELS)} == {"show_progress", "long_text"}
+    assert fields - {option.field for option in options_of(*ALL_MODELS)} == {"show_progress", "long_text", "shutdown_s"}
 
 
 @pytest.mark.parametrize("models", [SERVE, (ClientSettings, BenchSettings, EngineConfig)], ids=["serve", "bench"])

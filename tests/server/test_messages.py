@@ -18,7 +18,7 @@ from losa_runtime.core.request import FinishReason, Request, RequestOutput, Scor
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_server import channel, messages
 from losa_server.channel import AsyncReceiver, AsyncSender, Inbox, MessageTooLarge, Receiver, Sender, SocketDirectory
-from losa_server.engine_process import EngineReport
+from losa_server.engine_loop import EngineReport
 from losa_server.messages import (
     LOGPROB_FLOOR,
     TO_ENGINE,

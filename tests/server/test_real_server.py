@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -259,17 +258,3 @@ class TestWholeSuite:
         )
         assert done.returncode == 1
         assert done.stderr.startswith("losa generate: error: ")
-
-    def test_sglangs_own_load_tester(self, real: ServerProcess, tmp_path: Path) -> None:
-        command = [
-            *(sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", real.url),
-            *("--dataset-name", "random-ids", "--num-prompts", "12", "--random-input-len", "64"),
-            *("--random-output-len", "16", "--random-range-ratio", "1.0", "--max-concurrency", "6"),
-            *("--output-file", str(tmp_path / "out.jsonl"), "--flush-cache"),
-        ]
-        environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-        result = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[-1])
-        assert result["completed"] == 12
-        assert result["total_output_tokens"] == 12 * 16

@@ -30,9 +30,10 @@ logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, str] = {
     "native": "losa_runtime.attention.native_backend:NativeBackend",
+    "triton": "losa_runtime.attention.triton_backend:TritonBackend",
     "torch": "losa_runtime.attention.torch_backend:TorchBackend",
 }
-AUTO = ("native", "torch")  # the first that can serve the model
+AUTO = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}  # the first that can serve the model
 
 
 Rows: TypeAlias = Tensor | Planned
@@ -225,8 +226,9 @@ class SelectedPages(NamedTuple):
 
 
 class BackendConfig(NamedTuple):
-    """What a backend is asked to serve. dtype: of q, k, v; kv_dtype: of the pages. same_bits: stored rows get the same
-    bits however their prompt is cut, also where that is slower."""
+    """What a backend is asked to serve. dtype: of q, k, v; kv_dtype: of the pages. same_bits: a row gets the same bits
+    in every company and however its prompt is cut, also where that is slower. context_length: most tokens of a request
+    (None: as many as there are pages for)."""
 
     device: torch.device
     dtype: torch.dtype
@@ -237,6 +239,7 @@ class BackendConfig(NamedTuple):
     page_size: int
     block_length: int
     same_bits: bool = False
+    context_length: int | None = None
 
     def misfit(self) -> str | None:
         """Why no backend can serve these sizes, or None."""
@@ -251,14 +254,23 @@ class BackendConfig(NamedTuple):
 class AttentionBackend(ABC):
     """Attention over one page pool. The softmax scale is fixed for the life of the backend.
 
-    A segment's result is computed from its own rows and pages alone: the same bits alone or in company.
+    A segment's result is computed from its own rows and pages alone: with `same_bits` to the bit, otherwise its sums
+    may be cut as the company makes it worth while.
     What is not abstract here is made of the other methods or of the reference; a backend may do it in one go.
     """
 
-    def __init__(self, pool: KVPool, num_heads: int, scale: float | None = None, same_bits: bool = False) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        num_heads: int,
+        scale: float | None = None,
+        same_bits: bool = False,
+        context_length: int | None = None,
+    ) -> None:
         assert num_heads % pool.num_kv_heads == 0
         self.pool, self.num_heads, self.same_bits = pool, num_heads, same_bits
         self.scale = pool.head_dim**-0.5 if scale is None else scale
+        self.context_length = context_length or pool.num_pages * pool.page_size
 
     @classmethod
     @abstractmethod
@@ -465,14 +477,25 @@ def make_backend(name: str, config: BackendConfig, pool: KVPool, scale: float | 
     Raises ConfigError with the reasons if none can.
     """
     refused: list[str] = []
-    for candidate in AUTO if name == "auto" else (name,):
-        cls = backend_class(candidate)
-        reason = cls.supports(config)
+    for candidate in AUTO.get(config.device.type, ("torch",)) if name == "auto" else (name,):
+        reason = _refusal(candidate, config)
         if reason is None:
-            backend = cls(pool, config.num_heads, scale, config.same_bits)
+            cls = backend_class(candidate)
+            backend = cls(pool, config.num_heads, scale, config.same_bits, config.context_length)
             if name == "auto":
                 detail = "; ".join(filter(None, (backend.detail, *refused)))
                 logger.info("attention_backend auto: %s%s", candidate, f" ({detail})" if detail else "")
             return backend
         refused.append(f"{candidate!r} cannot serve this model: {reason}")
     raise ConfigError(f"attention_backend: {'; '.join(refused)}")
+
+
+def _refusal(name: str, config: BackendConfig) -> str | None:
+    """None, or why the backend called `name` cannot serve `config`. Raises ConfigError if there is none."""
+    try:
+        return backend_class(name).supports(config)
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package in ("", "losa_runtime", "losa_kernels"):
+            raise
+        return f"the package {package!r} is not installed"

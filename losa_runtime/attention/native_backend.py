@@ -41,8 +41,15 @@ from losa_runtime.cache.kv_pool import KVPool, Summary
 class NativeBackend(AttentionBackend):
     """See `AttentionBackend`. The best instruction set of the CPU is used, or the one named in LOSA_SIMD."""
 
-    def __init__(self, pool: KVPool, num_heads: int, scale: float | None = None, same_bits: bool = False) -> None:
-        super().__init__(pool, num_heads, scale, same_bits)
+    def __init__(
+        self,
+        pool: KVPool,
+        num_heads: int,
+        scale: float | None = None,
+        same_bits: bool = False,
+        context_length: int | None = None,
+    ) -> None:
+        super().__init__(pool, num_heads, scale, same_bits, context_length)
         self._kernels = Kernels()
         self._layers = [self._pages(layer) for layer in range(pool.num_layers)]
         # Page tables of the groups of the running forward, made once for all layers.

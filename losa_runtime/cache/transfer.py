@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
+
+ALIGNMENT = 2  # int64 numbers in 16 bytes: kernels are compiled for vectors that begin at a multiple of them
 
 
 def to_device(values: Collection[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -19,12 +22,15 @@ def to_device(values: Collection[Any], dtype: torch.dtype, device: torch.device)
     return queued(torch.tensor(values, dtype=dtype), device)
 
 
-def arrays_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """int64 vectors as tensors on the device, in one copy. On the CPU there is none: the memory is shared."""
+def vectors_to_device(vectors: Sequence[ArrayLike], device: torch.device) -> list[Tensor]:
+    """int64 vectors on the device, in one copy. On the CPU there is none: the memory of arrays is shared."""
+    arrays = [np.asarray(vector, dtype=np.int64) for vector in vectors]
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    together = queued(torch.from_numpy(np.concatenate(arrays)), device)
-    return list(together.split([array.size for array in arrays]))
+    rooms = [-(-array.size // ALIGNMENT) * ALIGNMENT for array in arrays]
+    padded = [np.pad(array, (0, room - array.size)) for array, room in zip(arrays, rooms, strict=True)]
+    together = queued(torch.from_numpy(np.concatenate(padded)), device)
+    return [part[: array.size] for part, array in zip(together.split(rooms), arrays, strict=True)]
 
 
 def queued(host: Tensor, device: torch.device) -> Tensor:

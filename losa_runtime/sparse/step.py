@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from losa_runtime.attention.backend import ActiveRules, PerSegment, RowGroup
-from losa_runtime.cache.transfer import to_device
+from losa_runtime.cache.transfer import to_device, vectors_to_device
 from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
 from losa_runtime.sparse.density import PrefixMeter
 
@@ -66,7 +66,7 @@ class DenoiseStep:
         self.meter = PrefixMeter(group, device, self.whole)
         block = group.block_length
         counts = [_active_count(p.active, block) for p in self.params]
-        self.slots_S, self.budget_S, self._count_S = self.tensor((self.slots, self.budgets, counts), torch.int64)
+        self.slots_S, self.budget_S, self._count_S = vectors_to_device([self.slots, self.budgets, counts], device)
         self._tau_S = self.tensor([_active_share(p.active) for p in self.params], torch.float32)
         self._most = tuple(
             block if _active_share(p.active) else min(n, block) for p, n in zip(self.params, counts, strict=True)

@@ -48,6 +48,7 @@ def test_numbers_that_change_from_step_to_step_are_not_compiled_in() -> None:
     """Neither by value nor by their divisibility: a batch of another size must find the kernel compiled."""
     varying = {
         "_prefix_kernel": ["segments", "room", "chunk", "peak_width"],
+        "_prefill_kernel": ["room", "chunk"],
         "_merge_parts_kernel": ["segments", "splits", "vectors"],
         "_merge_states_kernel": ["vectors"],
         "_block_kernel": ["splits", "room"],

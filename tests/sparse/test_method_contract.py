@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttnState, PrefixPlan, RowGroup
+from losa_runtime.attention.backend import PrefixPlan, PrefixState, RowGroup
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.sparse.method import METHODS, method_class
 from tests.sparse.cases import ALL
 from tests.sparse.choices import CASES, CHOICES, usual
 from tests.sparse.conftest import SHAPES
 from tests.sparse.oracle import block_outputs
+from tests.sparse.spy import as_known
 from tests.sparse.stage import Result, Sizes, Stage, denoise_item, params
 
 PROMPT, STEPS = 80, 4
@@ -72,8 +73,8 @@ def test_2_rows_and_indices_are_in_range_sorted_and_unique(sizes: Sizes, method:
     stage, seen = Stage(sizes), []
     ask = stage.backend.prefix
 
-    def spy(layer: int, q: Tensor, plan: PrefixPlan, group: RowGroup) -> AttnState:
-        seen.append((plan, group))
+    def spy(layer: int, q: Tensor, plan: PrefixPlan, group: RowGroup) -> PrefixState:
+        seen.append((as_known(plan), group))
         return ask(layer, q, plan, group)
 
     stage.backend.prefix = spy  # type: ignore[method-assign]
@@ -88,7 +89,7 @@ def test_2_rows_and_indices_are_in_range_sorted_and_unique(sizes: Sizes, method:
         )
     assert len(seen) == STEPS * sizes.layers + sizes.layers * (CASES[method].again > 0)
     for plan, group in seen:
-        rows = list(range(3 * sizes.block)) if plan.rows is None else plan.rows.tolist()
+        rows = list(range(3 * sizes.block)) if plan.known_rows is None else plan.known_rows.tolist()
         assert all(0 <= a < b for a, b in pairwise([*rows, 3 * sizes.block]))
         if plan.kv is None:
             continue

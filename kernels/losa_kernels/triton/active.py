@@ -14,13 +14,15 @@ from losa_kernels.triton.launch import launch, power_of_two
 from losa_kernels.triton.layout import Planned, check
 
 FLAGS = 2048  # of a step of the loop that counts the rows before a segment
+PAIRS_PER_WARP = 2048
 
 
 def active_rows(change_SYB: Tensor, count_S: Tensor, tau_S: Tensor, fresh_S: Tensor) -> Tensor:
     """The most changed rows of each segment, for each of the Y parts of a row by itself: bool [R, Y].
 
     A row is active if it is among the count_S[s] most changed ones, or if the rows above it hold less than the share
-    tau_S[s] of the segment's change; every row of a fresh segment is. Ties go to the lowest row. Raises ValueError.
+    tau_S[s] of the segment's change; every row of a fresh segment is. Ties go to the lowest row; a change that is no
+    number is the largest. Raises ValueError.
     """
     segments, parts, length = check("change", change_SYB, (None, None, None), torch.float32).shape
     check("count", count_S, (segments,), torch.int64)
@@ -30,7 +32,7 @@ def active_rows(change_SYB: Tensor, count_S: Tensor, tau_S: Tensor, fresh_S: Ten
     launch(
         _active_kernel,
         (segments, parts, 1),
-        warps=1,
+        warps=min(8, max(1, power_of_two(length) ** 2 // PAIRS_PER_WARP)),
         change=change_SYB,
         counts=count_S,
         taus=tau_S,
@@ -43,13 +45,19 @@ def active_rows(change_SYB: Tensor, count_S: Tensor, tau_S: Tensor, fresh_S: Ten
     return active
 
 
-def plan_rows(active_RY: Tensor, block_length: int) -> Planned:
-    """The rows of which any part is active, in order. Raises ValueError."""
+def plan_rows(active_RY: Tensor, block_length: int, most: tuple[int, ...] | None = None) -> Planned:
+    """The rows of which any part is active, in order. Raises ValueError.
+
+    most: bound on the active rows of each segment, trusted (None: the block length).
+    """
     rows, parts = check("active", active_RY, (None, None), torch.bool).shape
     if rows % block_length:
         raise ValueError(f"active: found {rows} rows, allowed: multiples of the block length {block_length}")
     segments = rows // block_length
-    planned, order = (torch.empty(rows, dtype=torch.int64, device=active_RY.device) for _ in range(2))
+    if most is not None and len(most) != segments:
+        raise ValueError(f"most: found {len(most)} bounds, allowed: one for each of the {segments} segments")
+    room = rows if most is None else sum(most)
+    planned, order = (torch.empty(n, dtype=torch.int64, device=active_RY.device) for n in (room, rows))
     indptr = torch.empty(segments + 1, dtype=torch.int64, device=active_RY.device)
     padded = power_of_two(parts)
     launch(
@@ -66,7 +74,7 @@ def plan_rows(active_RY: Tensor, block_length: int) -> Planned:
         ROWS=power_of_two(block_length),
         STEP=max(power_of_two(block_length), FLAGS // padded),
     )
-    return Planned(planned, indptr, order)
+    return Planned(planned, indptr, order, most)
 
 
 @triton.jit
@@ -84,10 +92,10 @@ def _active_kernel(
     segment, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     base = change + (segment * PARTS + part) * BLOCK
     row = tl.arange(0, ROWS)
-    mine = tl.load(base + row, mask=row < BLOCK, other=0.0)
+    mine = _number(tl.load(base + row, mask=row < BLOCK, other=0.0))
     # The same values once more, along the other axis.
     other = tl.arange(0, ROWS)
-    theirs = tl.load(base + other, mask=other < BLOCK, other=0.0)
+    theirs = _number(tl.load(base + other, mask=other < BLOCK, other=0.0))
     more = theirs[None, :] > mine[:, None]
     level = (theirs[None, :] == mine[:, None]) & (other[None, :] < row[:, None])
     ahead = (more | level) & (other < BLOCK)[None, :]
@@ -96,6 +104,12 @@ def _active_kernel(
     share = tl.load(taus + segment) * tl.sum(theirs, 0)
     chosen = (rank < tl.load(counts + segment)) | (above < share) | (tl.load(fresh + segment) != 0)
     tl.store(active + (segment * BLOCK + row) * PARTS + part, chosen.to(tl.uint8), mask=row < BLOCK)
+
+
+@triton.jit
+def _number(change: tl.tensor) -> tl.tensor:
+    """Infinity in place of what is no number: every row is ahead of or behind every other."""
+    return tl.where(change == change, change, float("inf"))
 
 
 @triton.jit

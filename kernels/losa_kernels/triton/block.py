@@ -17,9 +17,10 @@ from torch import Tensor
 
 from losa_kernels.triton.launch import launch, power_of_two
 from losa_kernels.triton.layout import FLOATS, Parts, Planned, Segments, check
-from losa_kernels.triton.states import load_vectors, merged, merged_parts, store_vectors
+from losa_kernels.triton.states import PRECISION, load_vectors, merged, merged_parts, store_vectors
 
 TILE_ROWS = 16  # the smallest that a matrix product takes: several vectors per row are held at once
+MAX_TILE = 32 * 1024  # bytes of the keys of a block: as many of its values lie beside them
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -55,17 +56,22 @@ def finish_block(
     v_RGD: Tensor,
     block_length: int,
     scale: float,
-    kept: Kept,
+    kept: Kept | None,
     fresh: Fresh | None = None,
 ) -> Tensor:
     """Attention of each row to its prefix and its block: out [R, H, D] in the dtype of q. Raises ValueError.
 
     The prefix state of a row is that of its parts, if it is planned in `fresh`, which then becomes the kept one, and
-    the kept one otherwise.
+    the kept one otherwise. Without kept states a row that is not planned has no prefix.
     """
     out = torch.empty_like(q_RHD)
     _launch(q_RHD, k_RGD, v_RGD, block_length, scale, out, None, kept, fresh)
     return out
+
+
+def fits(block_length: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether a block of that length is not too large for a processor."""
+    return power_of_two(block_length) * power_of_two(head_dim) * dtype.itemsize <= MAX_TILE
 
 
 def own_places(segments: Segments) -> Tensor:
@@ -164,26 +170,27 @@ def _block_kernel(
     state, log_sum = _inside(q, k, v, vector, real, first, scale, BLOCK, KV_HEADS, DIM, WIDTH, ROWS, KEYS)
     if lse is not None:
         tl.store(lse + vector, log_sum, mask=real)
+    fresh = real & False
+    if parts_out is not None:
+        planned = tl.load(order + row, mask=real, other=-1)
+        fresh = real & (planned >= 0)
+        if fresh_heads is not None:
+            fresh = fresh & (tl.load(fresh_heads + planned * HEADS + head, mask=fresh, other=0) != 0)
+        prefix, prefix_lse = merged_parts(
+            parts_out, parts_lse, planned * HEADS + head, fresh, splits, room.to(tl.int64) * HEADS, DIM, WIDTH
+        )
     if kept_out is not None:
         kept_vector = tl.load(kept_place + row, mask=real, other=0) * HEADS + head
-        kept = real
-        fresh = real & False
+        old_lse = tl.load(kept_lse + kept_vector, mask=real & (fresh == 0), other=float("-inf"))
+        old = load_vectors(kept_out, kept_vector, old_lse > float("-inf"), DIM, WIDTH)
         if parts_out is not None:
-            planned = tl.load(order + row, mask=real, other=-1)
-            fresh = real & (planned >= 0)
-            if fresh_heads is not None:
-                fresh = fresh & (tl.load(fresh_heads + planned * HEADS + head, mask=fresh, other=0) != 0)
-            kept = real & (fresh == 0)
-        prefix_lse = tl.load(kept_lse + kept_vector, mask=kept, other=float("-inf"))
-        prefix = load_vectors(kept_out, kept_vector, prefix_lse > float("-inf"), DIM, WIDTH)
-        if parts_out is not None:
-            new, new_lse = merged_parts(
-                parts_out, parts_lse, planned * HEADS + head, fresh, splits, room.to(tl.int64) * HEADS, DIM, WIDTH
-            )
-            store_vectors(kept_out, kept_vector, new, fresh, DIM, WIDTH)
-            tl.store(kept_lse + kept_vector, new_lse, mask=fresh)
-            prefix += new
-            prefix_lse = tl.where(fresh, new_lse, prefix_lse)
+            store_vectors(kept_out, kept_vector, prefix, fresh, DIM, WIDTH)
+            tl.store(kept_lse + kept_vector, prefix_lse, mask=fresh)
+            prefix += old
+            prefix_lse = tl.where(fresh, prefix_lse, old_lse)
+        else:
+            prefix, prefix_lse = old, old_lse
+    if kept_out is not None or parts_out is not None:
         state, log_sum = merged(prefix, prefix_lse, state, log_sum)
     store_vectors(out, vector, state, real, DIM, WIDTH)
 
@@ -213,10 +220,10 @@ def _inside(
     mask = (key < BLOCK)[:, None] & (d < DIM)[None, :]
     k_tile = tl.load(k + at, mask=mask, other=0.0).to(q_tile.dtype)
     v_tile = tl.load(v + at, mask=mask, other=0.0).to(q_tile.dtype)
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2E)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
     scores = tl.where((key < BLOCK)[None, :], scores, float("-inf"))
     top = tl.max(scores, 1)
     weights = tl.exp2(scores - top[:, None])
     total = tl.sum(weights, 1)
-    state = tl.dot(weights.to(q_tile.dtype), v_tile, input_precision="ieee") / total[:, None]
+    state = tl.dot(weights.to(q_tile.dtype), v_tile, input_precision=PRECISION) / total[:, None]
     return state, (top + tl.log2(total)) * LN2

@@ -102,12 +102,14 @@ class Planned(NamedTuple):
     """Rows to compute, chosen on the device, in CSR form.
 
     rows: int64 [n], ascending up to indptr[S], meaningless behind. indptr: int64 [S + 1], those of each segment.
-    order: int64 [R], the place of each row among the planned ones, -1 = not planned.
+    order: int64 [R], the place of each row among the planned ones, -1 = not planned. most: bound on the rows of each
+    segment (None: the block length), for whoever sizes buffers.
     """
 
     rows: Tensor
     indptr: Tensor
     order: Tensor
+    most: tuple[int, ...] | None = None
 
     @classmethod
     def every(cls, segments: Segments) -> Planned:
@@ -115,6 +117,15 @@ class Planned(NamedTuple):
         rows = torch.arange(segments.rows, device=segments.table.device)
         indptr = torch.arange(segments.count + 1, device=rows.device) * segments.block_length
         return cls(rows, indptr, rows)
+
+    @classmethod
+    def of(cls, rows: Tensor, segments: Segments) -> Planned:
+        """These rows, int64 and ascending, whose number the host knows."""
+        starts = torch.arange(segments.count + 1, device=rows.device) * segments.block_length
+        order = torch.full((segments.rows,), -1, device=rows.device)
+        order[rows] = torch.arange(rows.shape[0], device=rows.device)
+        most = (min(segments.block_length, rows.shape[0]),) * segments.count
+        return cls(rows, torch.searchsorted(rows, starts), order, most)
 
     @property
     def room(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from losa_kernels.triton.launch import launch, power_of_two
 from losa_kernels.triton.layout import Pages, Segments, check, check_query
+from losa_kernels.triton.states import PRECISION
 
 TILE_ROWS = 64  # at most, unless a single head has more
 TILE_KEYS = 64
@@ -131,7 +132,7 @@ def _mass_kernel(
         key = (page * KV_HEADS + kv_head) * PAGE + position % PAGE
         mask = seen[:, None] & (d < DIM)[None, :]
         k_tile = tl.load(k_cache + key[:, None] * DIM + d[None, :], mask=mask, other=0.0).to(q_tile.dtype)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2E)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
         weights = tl.where(seen[None, :], tl.exp2(scores - level[:, None]), 0.0)
         found += tl.sum(tl.reshape(weights, (TILE_HEADS * ROWS, GRANULES, STRETCH)), 2)
 

@@ -17,13 +17,12 @@ from losa_kernels.triton.states import load_vectors, merged, merged_parts, store
 VECTORS = 16  # of a program: about 2048 numbers, so that programs are worth their launch
 
 
-def merge_parts(parts: Parts, planned: Planned) -> tuple[Tensor, Tensor]:
-    """One state per planned row: float32 out [n, H, D] and natural lse [n, H]; undefined behind the last row.
-
-    A row without keys gets 0 and -inf.
+def merge_parts(parts: Parts, planned: Planned | None = None) -> tuple[Tensor, Tensor]:
+    """One state per planned row (None: per row): float32 out [n, H, D] and natural lse [n, H]; undefined behind the
+    last row. A row without keys gets 0 and -inf. Raises ValueError.
     """
     splits, room, heads, dim = parts.out.shape
-    check("out", parts.out, (None, planned.room, None, None), torch.float32)
+    check("out", parts.out, (None, room if planned is None else planned.room, None, None), torch.float32)
     check("lse", parts.lse, tuple(parts.out.shape[:3]), torch.float32)
     out, lse = torch.empty_like(parts.out[0]), torch.empty_like(parts.lse[0])
     launch(
@@ -31,10 +30,10 @@ def merge_parts(parts: Parts, planned: Planned) -> tuple[Tensor, Tensor]:
         (-(-room * heads // VECTORS), 1, 1),
         parts_out=parts.out,
         parts_lse=parts.lse,
-        row_indptr=planned.indptr,
+        row_indptr=None if planned is None else planned.indptr,
         out=out,
         lse=lse,
-        segments=planned.indptr.shape[0] - 1,
+        segments=0 if planned is None else planned.indptr.shape[0] - 1,
         splits=splits,
         vectors=room * heads,
         HEADS=heads,
@@ -90,7 +89,9 @@ def _merge_parts_kernel(
 ) -> None:
     """Program (tile of vectors). Those behind the last planned row are left alone."""
     vector = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
-    real = vector < tl.load(row_indptr + segments) * HEADS
+    real = vector < vectors
+    if row_indptr is not None:
+        real = vector < tl.load(row_indptr + segments) * HEADS
     state, log_sum = merged_parts(parts_out, parts_lse, vector, real, splits, vectors, DIM, WIDTH)
     store_vectors(out, vector, state, real, DIM, WIDTH)
     tl.store(lse + vector, log_sum, mask=real)

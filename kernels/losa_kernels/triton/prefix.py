@@ -15,13 +15,14 @@ from torch import Tensor
 
 from losa_kernels.triton.launch import launch, power_of_two
 from losa_kernels.triton.layout import Lists, Pages, Parts, Planned, Segments, check, check_planned, check_query
-from losa_kernels.triton.states import store_vectors
+from losa_kernels.triton.states import PRECISION, store_vectors
 
 CHUNK = 1024  # keys of a split where results must not depend on the batch
 KEYS = 32  # keys of a step of the loop: small tiles, so that two programs fit on every kind of processor
 MAX_KEYS = 128  # divides every chunk
 PROGRAMS_PER_PROCESSOR = 2
 MAX_TILE_ROWS, MAX_TILE = 128, 128 * 128  # rows of a tile, and numbers of its output
+MAX_PIPELINE = 96 * 1024  # bytes of K and V on their way
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -62,11 +63,12 @@ def attend_prefix(
     rows = tile_rows(folded, dim)
     tiles = -(-folded // rows)
     owners = planned.room if per_row else segments.count
+    keys = KEYS if peaks is None else max(KEYS, pages.page_size)
     launch(
         _prefix_kernel,
         (owners * tiles, list_heads, splits),
         warps=8 if rows * dim > 64 * 128 else 4,
-        stages=3,
+        stages=pipeline_stages(keys, dim, pages.k.itemsize),
         q=q_RHD,
         rows=planned.rows,
         row_indptr=planned.indptr,
@@ -95,7 +97,7 @@ def attend_prefix(
         PAGE=pages.page_size,
         GRANULE=1 if lists is None else lists.granule,
         ROWS=rows,
-        KEYS=KEYS if peaks is None else max(KEYS, pages.page_size),
+        KEYS=keys,
         TILES=tiles,
         PER_ROW=per_row,
     )
@@ -106,6 +108,16 @@ def tile_rows(folded: int, dim: int) -> int:
     """Rows of a tile for that many rows with folded heads: at least what a matrix product takes."""
     most = min(MAX_TILE_ROWS, MAX_TILE // power_of_two(dim))
     return min(most, max(16, power_of_two(folded)))
+
+
+def pipeline_stages(keys: int, dim: int, itemsize: int) -> int:
+    """Depth of the pipeline of tiles of K and V with that many keys: at most 3, less where the tiles are large."""
+    return max(1, min(3, MAX_PIPELINE // (2 * keys * power_of_two(dim) * itemsize)))
+
+
+def holds_peaks(page_size: int, dim: int, itemsize: int) -> bool:
+    """Whether whole pages can be steps of the loop, as peaks need them."""
+    return MAX_KEYS % page_size == 0 and 2 * page_size * power_of_two(dim) * itemsize <= MAX_PIPELINE
 
 
 def filling_chunk(programs: int, most: int, processors: int) -> int:
@@ -212,7 +224,7 @@ def _prefix_kernel(
         at = vector[:, None] * DIM + d[None, :]
         mask = seen[:, None] & (d < DIM)[None, :]
         k_tile = tl.load(k_cache + at, mask=mask, other=0.0).to(q_tile.dtype)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2E)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
         scores = tl.where(seen[None, :], scores, float("-inf"))
         if peaks is not None:
             _store_peaks(
@@ -225,7 +237,7 @@ def _prefix_kernel(
         shrink = tl.exp2(top - level)
         total = total * shrink + tl.sum(weights, 1)
         v_tile = tl.load(v_cache + at, mask=mask, other=0.0).to(q_tile.dtype)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(q_tile.dtype), v_tile, input_precision="ieee")
+        acc = acc * shrink[:, None] + tl.dot(weights.to(q_tile.dtype), v_tile, input_precision=PRECISION)
         top = higher
 
     empty = total == 0.0

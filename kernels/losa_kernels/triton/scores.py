@@ -15,6 +15,7 @@ from torch import Tensor
 from losa_kernels.reference.selection import Share
 from losa_kernels.triton.launch import launch, power_of_two
 from losa_kernels.triton.layout import Pages, Planned, Segments, check, check_planned, check_query
+from losa_kernels.triton.states import PRECISION
 
 TILE_ROWS = 32  # at most, with folded heads, unless the heads of one row are more
 TILE_PAGES = 32
@@ -33,7 +34,8 @@ def page_scores(
 
     share: the largest or the mean score of the query heads of a KV head, or "none": each its own. heads_nH: bool, the
     heads of each row that take part (None: all); the scores of a list without any mean nothing. whole_S: bool, True =
-    the rows of the segment are not scored. What lies behind the last planned row is undefined. Raises ValueError.
+    the rows of the segment are not scored. A bound that is no number counts as infinite: a broken page is read, so that
+    its reader finds out. What lies behind the last planned row is undefined. Raises ValueError.
     """
     heads_per_kv = check_query(q_RHD, pages, segments)
     check_planned(planned, segments)
@@ -127,8 +129,9 @@ def _scores_kernel(
     operand = q.dtype.element_ty
     top = tl.load(bounds + at, mask=mask, other=0.0).to(operand)
     bottom = tl.load(bounds + at + DIM, mask=mask, other=0.0).to(operand)
-    found = tl.dot(tl.maximum(q_tile, 0.0).to(operand), tl.trans(top), input_precision="ieee")
-    found += tl.dot(tl.minimum(q_tile, 0.0).to(operand), tl.trans(bottom), input_precision="ieee")
+    found = tl.dot(tl.maximum(q_tile, 0.0).to(operand), tl.trans(top), input_precision=PRECISION)
+    found += tl.dot(tl.minimum(q_tile, 0.0).to(operand), tl.trans(bottom), input_precision=PRECISION)
+    found = tl.where(found == found, found, float("inf"))
 
     takes = real
     if taking is not None:

@@ -13,7 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_kernels.triton import active, block, change, choose, entries, fold, mass, merge, prefix, scores, store, unite
+from losa_kernels.triton import (
+    active,
+    block,
+    change,
+    choose,
+    entries,
+    fold,
+    mass,
+    merge,
+    prefill,
+    prefix,
+    scores,
+    store,
+    unite,
+)
 from losa_kernels.triton.launch import Launch, noted_launches
 from losa_kernels.triton.layout import Lists, Pages, Parts, Planned, Segments
 
@@ -99,12 +113,17 @@ def _prefix(length: int, granule: int | None = None, peaks: bool = False, per_ro
     return prefix.attend_prefix(queries(length), *where, peaks=wanted)
 
 
-def _finish(length: int) -> object:
+def _prefill(length: int, size: int) -> object:
+    tiles = prefill.Tiles(integers(64, 5), integers(POOL), size, CONTEXT)
+    return prefill.attend_stored(queries(length), tiles, pages(), SCALE, length)
+
+
+def _finish(length: int, kept: bool = True) -> object:
     rows, places = SEGMENTS * length, SLOTS * length
-    kept = block.Kept(singles(places, HEADS, DIM), singles(places, HEADS), integers(rows))
+    memory = block.Kept(singles(places, HEADS, DIM), singles(places, HEADS), integers(rows)) if kept else None
     fresh = block.Fresh(parts(length), planned(length))
     own = (floats(rows, KV_HEADS, DIM), floats(rows, KV_HEADS, DIM))
-    return block.finish_block(queries(length), *own, length, SCALE, kept, fresh)
+    return block.finish_block(queries(length), *own, length, SCALE, memory, fresh)
 
 
 def _change(length: int) -> object:
@@ -165,9 +184,13 @@ SPECS: dict[str, Spec] = {
     "prefix_pages_block_16": Spec("_prefix_kernel", lambda: _prefix(16, PAGE), 192, 50 * 1024),
     "prefix_tokens_block_16": Spec("_prefix_kernel", lambda: _prefix(16, 1), 192, 50 * 1024),
     "prefix_own_lists": Spec("_prefix_kernel", lambda: _prefix(16, PAGE, per_row=True), 128, 32 * 1024),
+    "prefill_chunk": Spec("_prefill_kernel", lambda: _prefill(16, 128), 240, 100 * 1024),
+    "prefill_block_16": Spec("_prefill_kernel", lambda: _prefill(16, 64), 192, 84 * 1024),
     "merge_parts": Spec("_merge_parts_kernel", lambda: merge.merge_parts(parts(16), planned(16)), 64),
+    "merge_all_parts": Spec("_merge_parts_kernel", lambda: merge.merge_parts(parts(16)), 64),
     "merge_states": Spec("_merge_states_kernel", _merge, 64),
     "finish_block_16": Spec("_block_kernel", lambda: _finish(16), 168, 32 * 1024),
+    "finish_block_forgotten": Spec("_block_kernel", lambda: _finish(16, kept=False), 168, 32 * 1024),
     "finish_block_32": Spec("_block_kernel", lambda: _finish(32), 168, 32 * 1024),
     "query_change": Spec("_change_kernel", lambda: _change(16), 64),
     "keep_changed": Spec("_keep_kernel", lambda: _keep(16), 64),

@@ -46,6 +46,7 @@ class Parts(NamedTuple):
 
     sparse: what a request without wishes gets. context_length: prompt + output of one request, in whole blocks.
     overlap: whether a forward is in flight between two steps of the engine.
+    sparse_state_bytes: what the methods keep for running requests.
     """
 
     config: EngineConfig
@@ -60,6 +61,7 @@ class Parts(NamedTuple):
     overlap: bool
     folder: str
     tokenizer_folder: str
+    sparse_state_bytes: int
 
     def info(self) -> dict[str, object]:
         """Facts about the engine, JSON-able."""
@@ -69,6 +71,7 @@ class Parts(NamedTuple):
             "tokenizer_path": self.tokenizer_folder,
             "architecture": model.architecture,
             "parameters": sum(p.numel() for p in self.runner.model.parameters()),
+            "weight_bytes": sum(p.nbytes for p in self.runner.model.parameters()),
             "vocab_size": self.tokenizer.vocab_size,
             "block_length": model.block_length,
             "mask_token_id": model.mask_token_id,
@@ -77,9 +80,12 @@ class Parts(NamedTuple):
             "dtype": str(next(self.runner.model.parameters()).dtype).removeprefix("torch."),
             "kv_cache_dtype": str(pool.dtype).removeprefix("torch."),
             "attention_backend": type(self.runner.backend).__name__,
+            "attention_detail": self.runner.backend.detail,
+            "threads": torch.get_num_threads(),
             "page_size": pool.page_size,
             "page_summaries": sorted(kind.value for kind in pool.summaries),
             "max_total_tokens": pool.num_pages * pool.page_size,
+            "sparse_state_bytes": self.sparse_state_bytes,
             "kv_pool_bytes": pool.num_pages * _page_bytes(model, pool.page_size, pool.dtype, pool.summaries),
             "page_bytes": _page_bytes(model, pool.page_size, pool.dtype, frozenset()),
             "max_running_requests": config.max_running_requests,
@@ -98,6 +104,7 @@ class Parts(NamedTuple):
             "sparse_options": self.sparse.options.model_dump(),
             "algorithm": config.algorithm,
             "algorithms": list(ALGORITHMS),
+            "denoising_steps": config.denoising_steps or model.block_length,
             "threshold": config.threshold,
             "version": losa_runtime.__version__,
             "torch_version": torch.__version__,
@@ -190,6 +197,7 @@ def assemble(config: EngineConfig) -> Parts:
         overlap=_overlap(config, device),
         folder=str(folder.resolve()),
         tokenizer_folder=str(tokenizer_folder.resolve()),
+        sparse_state_bytes=reserved,
     )
 
 

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+MIB = 2**20
+Facts = Mapping[str, Any]
 
-def show_start(console: Console, info: dict[str, Any], seconds: float) -> None:
+
+def show_start(console: Console, info: Facts, seconds: float) -> None:
     """Print the start-up table. info: `Engine.info`; facts that it lacks are left out."""
     table = Table(title=f"losa-runtime {info.get('version', '')}: loaded in {seconds:.1f} s", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, text in _rows(info):
-        table.add_row(name, text)
+        table.add_row(name, escape(text))
     console.print(table)
 
 
-def show_ready(console: Console, url: str) -> None:
-    """Print where the server is, with a request to try at once."""
+def show_ready(console: Console, url: str, *, with_key: bool = False) -> None:
+    """Print where the server is, with a request to try at once. with_key: whether requests need one."""
     console.print(f"\n[bold green]ready[/] on [bold]{url}[/]\n")
+    key = ' -H "Authorization: Bearer $LOSA_API_KEY"' if with_key else ""
+    argument = ', api_key=os.environ["LOSA_API_KEY"]' if with_key else ""
     lines = (
-        f"curl -s {url}/generate -H 'Content-Type: application/json' \\",
+        f"curl -s {url}/generate -H 'Content-Type: application/json'{key} \\",
         '     -d \'{"text": "Once", "sampling_params": {"max_new_tokens": 32, "temperature": 0}}\'',
         "",
+        *(["import os"] if with_key else []),
         "import sglang as sgl",
-        f'sgl.set_default_backend(sgl.RuntimeEndpoint("{url}"))',
+        f'sgl.set_default_backend(sgl.RuntimeEndpoint("{url}"{argument}))',
         'ask = sgl.function(lambda s, q: s + q + sgl.gen("answer", max_tokens=32))',
         'print(ask.run("Once")["answer"])',
     )
@@ -35,49 +43,73 @@ def show_ready(console: Console, url: str) -> None:
     console.print()
 
 
-def _rows(info: dict[str, Any]) -> list[tuple[str, str]]:
-    pool = _join(
-        ("{:,} tokens", info.get("max_total_tokens")),
-        ("pages of {}", info.get("page_size")),
-        ("{:.1f} MiB", _mib(info.get("kv_pool_bytes"))),
-        ("{}", info.get("kv_cache_dtype")),
-    )
-    model = _join(
-        ("{}", info.get("architecture")),
-        ("{:.1f} M parameters", _millions(info.get("parameters"))),
-        ("{}", info.get("dtype")),
-    )
-    sequence = _join(("context {:,}", info.get("context_length")), ("blocks of {}", info.get("block_length")))
-    sparse = _join(("{}", info.get("sparse_method")), ("budget {} tokens", info.get("token_budget")))
-    if info.get("sparse_method") == "dense":
-        sparse = "dense (a request may choose another in custom_params)"
-    decoding = _join(("{}", info.get("algorithm")), ("threshold {}", info.get("threshold")))
-    batching = _join(
-        ("{} running", info.get("max_running_requests")),
-        ("{} prompt tokens per round", info.get("chunked_prefill_size")),
-        ("prefix cache {}", "on" if info.get("radix_cache") else "off"),
-    )
-    device = _join(("{}", info.get("device")), ("{}", info.get("attention_backend")))
+def _rows(info: Facts) -> list[tuple[str, str]]:
     rows = [
         ("checkpoint", str(info.get("model_path", ""))),
-        ("model", model),
-        ("sequence", sequence),
-        ("device", device),
-        ("page pool", pool),
-        ("batching", batching),
-        ("attention", sparse),
-        ("decoding", decoding),
+        ("model", _model(info)),
+        ("sequence", _join(info, ("context {:,}", "context_length"), ("blocks of {}", "block_length"))),
+        ("device", _device(info)),
+        ("page pool", _pool(info)),
+        ("batching", _batching(info)),
+        ("attention", _sparse(info)),
+        ("methods", ", ".join(info.get("sparse_methods", ()))),
+        ("decoding", _decoding(info)),
     ]
     return [(name, text) for name, text in rows if text]
 
 
-def _join(*parts: tuple[str, Any]) -> str:
-    return ", ".join(form.format(value) for form, value in parts if value is not None)
+def _model(info: Facts) -> str:
+    sizes = {
+        "millions": info["parameters"] / 1e6 if "parameters" in info else None,
+        "mib": info["weight_bytes"] / MIB if "weight_bytes" in info else None,
+    }
+    forms = ("{}", "architecture"), ("{:,.1f} M parameters", "millions"), ("{}", "dtype"), ("{:,.1f} MiB", "mib")
+    return _join({**info, **sizes}, *forms)
 
 
-def _mib(size: Any) -> float | None:
-    return size / 2**20 if isinstance(size, int) else None
+def _device(info: Facts) -> str:
+    backend = " ".join(str(info[name]) for name in ("attention_backend", "attention_detail") if info.get(name))
+    return _join({**info, "backend": backend or None}, ("{}", "device"), ("{}", "backend"), ("{} threads", "threads"))
 
 
-def _millions(count: Any) -> float | None:
-    return count / 1e6 if isinstance(count, int) else None
+def _pool(info: Facts) -> str:
+    sizes = {
+        "pool": info["kv_pool_bytes"] / MIB if "kv_pool_bytes" in info else None,
+        "state": info["sparse_state_bytes"] / MIB if info.get("sparse_state_bytes") else None,
+    }
+    return _join(
+        {**info, **sizes},
+        ("{:,} tokens", "max_total_tokens"),
+        ("pages of {}", "page_size"),
+        ("{}", "kv_cache_dtype"),
+        ("{:,.1f} MiB", "pool"),
+        ("and {:,.1f} MiB for the states of methods", "state"),
+    )
+
+
+def _batching(info: Facts) -> str:
+    cache = None if "radix_cache" not in info else "on" if info["radix_cache"] else "off"
+    return _join(
+        {**info, "cache": cache},
+        ("{} running", "max_running_requests"),
+        ("{:,} waiting", "max_queued_requests"),
+        ("{:,} prompt tokens per round", "chunked_prefill_size"),
+        ("{}", "schedule_policy"),
+        ("prefix cache {}", "cache"),
+    )
+
+
+def _sparse(info: Facts) -> str:
+    if info.get("sparse_method") == "dense":
+        return "dense (a request may choose another in custom_params)"
+    return _join(info, ("{}", "sparse_method"), ("budget {} tokens", "token_budget"))
+
+
+def _decoding(info: Facts) -> str:
+    return _join(
+        info, ("{}", "algorithm"), ("threshold {}", "threshold"), ("{} planned steps per block", "denoising_steps")
+    )
+
+
+def _join(info: Facts, *forms: tuple[str, str]) -> str:
+    return ", ".join(form.format(info[name]) for form, name in forms if info.get(name) is not None)

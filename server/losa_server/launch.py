@@ -129,8 +129,9 @@ class _Launch:
         """Wait for the engine; False when asked to stop meanwhile. Raises StartFailed."""
         started = time.monotonic()
         ready, stop = asyncio.create_task(client.wait_ready()), asyncio.create_task(self._stop.wait())
-        with self._console.status(f"loading {self._config.model}"):
-            await asyncio.wait((ready, stop), return_when=asyncio.FIRST_COMPLETED)
+        # A line and no spinner: the engine process writes its log and its progress bar to the same terminal.
+        self._console.print(f"loading {self._config.model}", highlight=False)
+        await asyncio.wait((ready, stop), return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
             ready.cancel()
             return False
@@ -150,7 +151,7 @@ class _Launch:
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
         if server.started:
-            show_ready(self._console, self._url())
+            show_ready(self._console, self._url(), with_key=bool(self._keys))
             if not self._keys and not ipaddress.ip_address(self._listener.getsockname()[0]).is_loopback:
                 log.warning("listening beyond this machine, without keys: whoever reaches the port can use the server")
         await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)

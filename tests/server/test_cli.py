@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 
+import losa_runtime
 from losa_server.cli import main as losa
 
 SERVE = ["serve", "--model-path", "m"]
@@ -45,7 +47,7 @@ def test_a_value_of_an_unknown_flag_is_not_reported_too(capsys: pytest.CaptureFi
     assert capsys.readouterr().err.count("unknown argument") == 2
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "make-checkpoint"])
+@pytest.mark.parametrize("command", ["serve", "generate", "bench", "env", "make-checkpoint"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         losa([command, "--help"])
@@ -60,3 +62,24 @@ def test_help_is_grouped_and_tells_defaults(capsys: pytest.CaptureFixture[str]) 
     assert "memory and batching: --kv-cache-dtype" in out
     assert "--page-size N tokens per page (default: 16)" in out
     assert "--no-deterministic" not in out
+
+
+def test_env_tells_what_is_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOSA_API_KEY", "hush")
+    assert losa(["env", "--json"]) == 0
+    text = capsys.readouterr().out
+    facts = json.loads(text)
+    assert facts["software"]["torch"].startswith("2.")
+    assert facts["software"]["losa-runtime"] == losa_runtime.__version__
+    assert facts["settings"]["LOSA_ variables"] == "LOSA_API_KEY"
+    assert "hush" not in text
+    assert losa(["env"]) == 0
+    assert "CPU kernels" in capsys.readouterr().out
+
+
+def test_env_says_why_kernels_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOSA_KERNELS", "/nowhere/lib.so")
+    assert losa(["env", "--json"]) == 0
+    assert "not usable: lib.so was not built" in json.loads(capsys.readouterr().out)["kernels"]["CPU kernels"]

@@ -1,0 +1,55 @@
+"""What is shown at start: every fact that the engine tells, and requests that can be copied."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from losa_server.banner import show_ready, show_start
+
+FACTS = {
+    "version": "9.9", "model_path": "/models/[odd] name", "architecture": "SDARForCausalLM", "parameters": 3_200_256,
+    "weight_bytes": 2**23, "dtype": "bfloat16", "context_length": 32768, "block_length": 16, "device": "cpu",
+    "attention_backend": "NativeBackend", "attention_detail": "avx512", "threads": 7, "max_total_tokens": 65536,
+    "page_size": 16, "kv_cache_dtype": "float16", "kv_pool_bytes": 2**26, "sparse_state_bytes": 2**25,
+    "max_running_requests": 31, "max_queued_requests": 1023, "chunked_prefill_size": 2048, "schedule_policy": "lpm",
+    "radix_cache": False, "sparse_method": "losa", "token_budget": 512, "sparse_methods": ["dense", "losa"],
+    "algorithm": "low_confidence_static", "threshold": 0.75, "denoising_steps": 8,
+}  # fmt: skip
+
+
+def shown(show: object, *args: object, **options: object) -> str:
+    screen = io.StringIO()
+    assert callable(show)
+    show(Console(file=screen, width=160), *args, **options)
+    return screen.getvalue()
+
+
+def test_the_table_tells_everything() -> None:
+    text = shown(show_start, FACTS, 1.25)
+    for part in (
+        "9.9: loaded in 1.2 s", "/models/[odd] name", "SDARForCausalLM, 3.2 M parameters, bfloat16, 8.0 MiB",
+        "context 32,768, blocks of 16", "cpu, NativeBackend avx512, 7 threads",
+        "65,536 tokens, pages of 16, float16, 64.0 MiB, and 32.0 MiB for the states of methods",
+        "31 running, 1,023 waiting, 2,048 prompt tokens per round, lpm, prefix cache off", "losa, budget 512 tokens",
+        "dense, losa", "low_confidence_static, threshold 0.75, 8 planned steps per block",
+    ):  # fmt: skip
+        assert part in text
+
+
+def test_unknown_facts_are_left_out() -> None:
+    text = shown(show_start, {"model_path": "m", "sparse_method": "dense"}, 0.0)
+    assert "dense (a request may choose another" in text
+    assert "None" not in text
+    assert "batching" not in text
+
+
+@pytest.mark.parametrize("with_key", [False, True])
+def test_the_first_request_can_be_copied(with_key: bool) -> None:
+    text = shown(show_ready, "http://127.0.0.1:1", with_key=with_key)
+    assert "curl -s http://127.0.0.1:1/generate" in text
+    assert 'sgl.RuntimeEndpoint("http://127.0.0.1:1"' in text
+    assert ("Authorization: Bearer $LOSA_API_KEY" in text) is with_key
+    assert ('api_key=os.environ["LOSA_API_KEY"]' in text) is with_key

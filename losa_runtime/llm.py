@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -69,6 +73,21 @@ class LLM:
         finished = self._run(requests, show_progress)
         return [_completion(finished[r.rid], logprobs) for r in requests]
 
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, piece by piece: news as it becomes final, the last with a `finish`.
+
+        Closing the iterator early ends the request; until its end, nothing else can be asked. Raises InvalidRequest
+        before any work.
+        """
+        request = self._request(0, prompt, sampling=sampling_params or SamplingParams())
+        self._require_idle()
+        self._add("prompts[0]", request)
+        try:
+            while self.engine.has_work():
+                yield from self._step()
+        finally:
+            self._abandon([request])
+
     def score(self, prompts: Prompt | Sequence[Prompt], start: int = 0) -> list[tuple[float, ...]]:
         """Log-probabilities of the prompts' tokens from position `start` on (see ScoreSpec for the definition).
 
@@ -98,6 +117,7 @@ class LLM:
         """Add all, or none if one is refused; then step until the last has finished. Whatever interrupts this, none of
         them stays behind in the engine."""
         news: dict[str, list[RequestOutput]] = {request.rid: [] for request in requests}
+        self._require_idle()
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         try:
             for i, request in enumerate(requests):
@@ -105,24 +125,50 @@ class LLM:
             with Progress(*columns, disable=not show_progress) as progress:
                 bar = progress.add_task("generating", total=len(requests))
                 while self.engine.has_work():
-                    for output in self.engine.step():
+                    for output in self._step():
                         news[output.rid].append(output)
                         progress.advance(bar, output.finish is not None)
-        except BaseException:
-            for request in requests:
-                self.engine.abort(request.rid)
-            while self.engine.has_work():  # only endings to be collected: nothing is left to run
-                self.engine.step()
-            raise
         finally:
-            self.engine.rest()
+            self._abandon(requests)
         return news
+
+    def _step(self) -> list[RequestOutput]:
+        with _between_steps():
+            return self.engine.step()
+
+    def _require_idle(self) -> None:
+        if self.engine.has_work():
+            raise LosaError("a stream of this LLM has not ended; finish or close it first")
+
+    def _abandon(self, requests: Sequence[Request]) -> None:
+        """Whatever came between, none of these stays behind in the engine; harmless for those that have ended."""
+        for request in requests:
+            self.engine.abort(request.rid)
+        while self.engine.has_work():  # only endings to be collected: nothing is left to run
+            self.engine.step()
+        self.engine.rest()
 
     def _add(self, where: str, request: Request) -> None:
         try:
             self.engine.add(request)
         except InvalidRequest as error:
             raise InvalidRequest(f"{where}.{error.field}", error.found, error.allowed) from None
+
+
+@contextmanager
+def _between_steps() -> Iterator[None]:
+    """Hold back Ctrl-C until the end: half a step would leave pages in nobody's hand."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[FrameType | None] = []
+    before = signal.signal(signal.SIGINT, lambda _, frame: came.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(signal.SIGINT, came[0])
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -35,6 +35,8 @@ SHIPPED = tuple(PACKAGES.values())
 ENGINE_SIDE = {"losa_server.engine_process"}
 # Commands that work with a model in their own process import it when they are run, not when they are loaded.
 OFFLINE = {
+    "losa_server.chat.local",
+    "losa_server.commands.chat",
     "losa_server.commands.env",
     "losa_server.commands.generate",
     "losa_server.commands.make_checkpoint",

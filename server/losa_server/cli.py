@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import losa_runtime
 from losa_runtime.core.errors import ConfigError
-from losa_server.commands import bench, env, generate, make_checkpoint, serve
+from losa_server.commands import bench, chat, env, generate, make_checkpoint, serve
 from losa_server.configuration.hints import hint
 
-COMMANDS = (serve, generate, bench, env, make_checkpoint)
+COMMANDS = (serve, generate, chat, bench, env, make_checkpoint)
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

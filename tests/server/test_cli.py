@@ -47,7 +47,7 @@ def test_a_value_of_an_unknown_flag_is_not_reported_too(capsys: pytest.CaptureFi
     assert capsys.readouterr().err.count("unknown argument") == 2
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "bench", "env", "make-checkpoint"])
+@pytest.mark.parametrize("command", ["serve", "generate", "chat", "bench", "env", "make-checkpoint"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         losa([command, "--help"])

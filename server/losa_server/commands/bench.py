@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import ConfigError, LosaError
 from losa_server.bench.settings import BenchSettings
-from losa_server.configuration.flags import add_settings, settings_from
+from losa_server.configuration.flags import add_settings, engine_to_start, settings_from
 from losa_server.configuration.printout import as_yaml
-from losa_server.configuration.sources import OTHER_VARIABLES, Configuration
+from losa_server.configuration.sources import OTHER_VARIABLES
 from losa_server.settings import ClientSettings
 
 if TYPE_CHECKING:
@@ -72,16 +72,6 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return _report(settings, outcome, records, console)
-
-
-def engine_to_start(configuration: Configuration, client: ClientSettings) -> EngineConfig | None:
-    """What to start if no URL says what is running. Raises ConfigError for flags that then mean nothing."""
-    if client.url is None:
-        return configuration.make(EngineConfig)
-    for field, given in configuration.given.items():
-        if field in EngineConfig.model_fields and given.origin.startswith("--"):
-            raise ConfigError(f"{given.origin}: describes a server to be started, but --url names a running one")
-    return None
 
 
 def start(stack: ExitStack, config: EngineConfig) -> str:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from losa_runtime.core.config import EngineConfig
+from losa_runtime.core.errors import ConfigError
 from losa_server.bench.settings import BenchSettings
+from losa_server.chat.settings import ChatSettings
 from losa_server.configuration.options import Model, Option, options_of
 from losa_server.configuration.sources import CONFIG_VARIABLE, Configuration, read_configuration
 from losa_server.settings import ClientSettings, ServerSettings
 
-ALL_MODELS: tuple[Model, ...] = (ServerSettings, EngineConfig, ClientSettings, BenchSettings)
+ALL_MODELS: tuple[Model, ...] = (ServerSettings, EngineConfig, ClientSettings, BenchSettings, ChatSettings)
 
 
 def add_settings(parser: argparse.ArgumentParser, *models: Model) -> None:
@@ -37,6 +39,16 @@ def settings_from(args: argparse.Namespace, *models: Model) -> Configuration:
     given: dict[str, Any] = {o.field: getattr(args, o.field) for o in options if hasattr(args, o.field)}
     file = args.config or os.environ.get(CONFIG_VARIABLE) or None
     return read_configuration(options, options_of(*ALL_MODELS), given, os.environ, Path(file) if file else None)
+
+
+def engine_to_start(configuration: Configuration, client: ClientSettings) -> EngineConfig | None:
+    """What to start if no URL says what is running. Raises ConfigError for flags that then mean nothing."""
+    if client.url is None:
+        return configuration.make(EngineConfig)
+    for field, given in configuration.given.items():
+        if field in EngineConfig.model_fields and given.origin.startswith("--"):
+            raise ConfigError(f"{given.origin}: describes a server to be started, but --url names a running one")
+    return None
 
 
 def _add(group: argparse._ArgumentGroup, option: Option) -> None:

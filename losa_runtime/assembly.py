@@ -27,6 +27,8 @@ from losa_runtime.decoding.registry import resolve as resolve_decoding
 from losa_runtime.layers.linear import ROW_TILE, use_row_tile
 from losa_runtime.models.locate import locate_checkpoint
 from losa_runtime.models.model import load_model
+from losa_runtime.runner.cuda_recorder import CudaRecorder
+from losa_runtime.runner.graphs import recording_bytes
 from losa_runtime.runner.model_runner import ModelRunner
 from losa_runtime.runner.unmask import Unmasker
 from losa_runtime.sparse.memory import Geometry
@@ -97,6 +99,7 @@ class Parts(NamedTuple):
             "deterministic": config.deterministic,
             "fused_commit": not config.disable_fused_commit,
             "overlap_schedule": self.overlap,
+            "cuda_graph_max_bs": 0 if self.runner.graphs is None else self.runner.graphs.most,
             "debug_poison_pages": config.debug_poison_pages,
             "sparse_method": config.sparse_method,
             "sparse_methods": list(self.runner.methods),
@@ -131,6 +134,7 @@ def assemble(config: EngineConfig) -> Parts:
     dtype = _dtype("dtype", config.dtype, torch.float32 if device.type == "cpu" else getattr(torch, model_config.dtype))
     kv_dtype = _dtype("kv_cache_dtype", config.kv_cache_dtype, dtype)
     context_length = _context_length(config, model_config)
+    recorded = _recorded_requests(config, device)
     geometry = Geometry(
         num_layers=model_config.num_layers,
         num_heads=model_config.num_heads,
@@ -138,7 +142,7 @@ def assemble(config: EngineConfig) -> Parts:
         head_dim=model_config.head_dim,
         block_length=model_config.block_length,
         page_size=config.page_size,
-        max_slots=config.max_running_requests,
+        max_slots=config.max_running_requests + (recorded > 0),  # one more for the padding of recorded steps
         context_length=context_length,
         device=device,
     )
@@ -160,6 +164,8 @@ def assemble(config: EngineConfig) -> Parts:
     use_row_tile(model, ROW_TILE if config.deterministic else None)
     offered = offered_methods(config)
     reserved = total_state_bytes(geometry, dtype.itemsize, offered)
+    if recorded:
+        reserved += recording_bytes(model_config, -(-context_length // config.page_size), recorded, dtype.itemsize)
     num_pages = _num_pages(config, model_config, kv_dtype, device, context_length, reserved)
     pool = KVPool(
         num_layers=model_config.num_layers,
@@ -176,6 +182,9 @@ def assemble(config: EngineConfig) -> Parts:
         pool.poison(np.arange(num_pages, dtype=np.int64))
     backend = make_backend(config.attention_backend, backend_config, pool)
     unmasker = Unmasker(model, model_config.mask_token_id, tokenizer.vocab_size, model_config.block_length)
+    runner = ModelRunner(model, backend, make_methods(geometry, offered), unmasker, device)
+    if recorded:
+        _record_steps(config, runner, recorded, device)
     eos = model_config.eos_token_ids or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
     return Parts(
         config=config,
@@ -189,7 +198,7 @@ def assemble(config: EngineConfig) -> Parts:
             by_frequency=config.radix_eviction_policy == "lfu",
             on_free=pool.poison if config.debug_poison_pages else None,
         ),
-        runner=ModelRunner(model, backend, make_methods(geometry, offered), unmasker, device),
+        runner=runner,
         geometry=geometry,
         sparse=sparse,
         context_length=context_length,
@@ -217,6 +226,30 @@ def _overlap(config: EngineConfig, device: torch.device) -> bool:
         return config.overlap_schedule == "on"
     logger.info("overlap_schedule auto: %s", "off" if device.type == "cpu" else "on")
     return device.type != "cpu"
+
+
+def _recorded_requests(config: EngineConfig, device: torch.device) -> int:
+    """Requests of the largest denoising step that may be recorded as a CUDA graph; 0 = none is."""
+    asked = config.cuda_graph_max_bs
+    if device.type == "cuda" and not config.disable_cuda_graph:
+        return min(asked or config.max_running_requests, config.max_running_requests)
+    if asked is not None:
+        why = "beside disable_cuda_graph" if config.disable_cuda_graph else f"on {device.type}"
+        raise ConfigError(f"cuda_graph_max_bs: found {asked}, allowed: absent {why}")
+    return 0
+
+
+def _record_steps(config: EngineConfig, runner: ModelRunner, most: int, device: torch.device) -> None:
+    """Let the runner record later denoising steps, if its backend can be recorded, and say so."""
+    if not runner.backend.recordable:
+        why = f"attention_backend {type(runner.backend).__name__} asks the host in every layer"
+        if config.cuda_graph_max_bs is not None:
+            raise ConfigError(f"cuda_graph_max_bs: found {most}, allowed: absent, since {why}")
+        logger.info("CUDA graphs: none, since %s", why)
+        return
+    runner.record_steps(CudaRecorder(device), config.max_running_requests, most)
+    names = [name for name, method in runner.methods.items() if method.recordable(method.Options())]
+    logger.info("CUDA graphs: later steps of %s, up to %d requests, when first wanted", ", ".join(names), most)
 
 
 def _dtype(option: str, wanted: DType, default: torch.dtype) -> torch.dtype:

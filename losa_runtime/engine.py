@@ -288,7 +288,7 @@ class Engine:
 
     def stats(self) -> dict[str, object]:
         """What this engine is doing: JSON-able counters."""
-        cache, scheduler = self.parts.cache, self.scheduler
+        cache, scheduler, graphs = self.parts.cache, self.scheduler, self.parts.runner.graphs
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
@@ -309,6 +309,8 @@ class Engine:
             "retracted": sum(req.cost.retractions > 0 for req in scheduler.waiting),
             "rows": {mode.value: self._rows[mode] for mode in ForwardMode},
             "dropped_results": scheduler.dropped,
+            "recorded_graphs": 0 if graphs is None else len(graphs),
+            "graph_forwards": 0 if graphs is None else graphs.runs,
             "generated_tokens": self._generated,
             **self._read.stats(),
         }

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -282,8 +282,17 @@ class AttentionBackend(ABC):
         """What else is worth a word in the log, such as the instruction set. May be empty."""
         return ""
 
+    recordable: ClassVar[bool] = False
+    """Whether a forward over prepared groups of block segments can be recorded and run again, with bounds on what
+    varies known to the host and the rest on the device, where `refresh` changes it."""
+
     def prepare(self, group: RowGroup) -> None:  # noqa: B027 - a backend may have nothing to prepare
         """Called once for a group, before its first layer: the time to bring to the device what the host says of it."""
+
+    def refresh(self, group: RowGroup, fresh: RowGroup) -> None:
+        """Write to what was prepared for a group what was prepared for another one of the same shape: as many segments,
+        page tables of the same lengths, prefixes that are not longer. Only where `recordable`."""
+        raise NotImplementedError
 
     @abstractmethod
     def store_kv(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, locations_T: Tensor) -> None:

@@ -36,6 +36,16 @@ class DeviceGroup:
             found = self._flags[values] = to_device(values, torch.bool, self._device)
         return found
 
+    def refresh(self, fresh: DeviceGroup) -> None:
+        """Become another group of the same shape. Bounds stay, and flags are of this group."""
+        for mine, theirs in zip(self._numbers, fresh._numbers, strict=True):
+            mine.copy_(theirs)
+
+    @property
+    def _numbers(self) -> tuple[Tensor, Tensor]:
+        """What is the segments' own."""
+        return self.segments.table, self.segments.prefix_lens
+
     def planned(self, rows: Rows | None) -> Planned:
         """The rows of a plan. Those that a method lists for all layers are looked at once."""
         if rows is None:

@@ -8,7 +8,7 @@ R rows, n planned rows, S segments, H query heads, G KV heads, D head dim, X slo
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -63,6 +63,8 @@ MOST_SPLITS = 8  # of the longest context, where results must not depend on the 
 class TritonBackend(AttentionBackend):
     """See `AttentionBackend`. On a CPU it serves tests, in Triton's interpreter."""
 
+    recordable: ClassVar[bool] = True
+
     def __init__(
         self,
         pool: KVPool,
@@ -107,6 +109,9 @@ class TritonBackend(AttentionBackend):
             self._tiles(group)
         else:
             self._group(group)
+
+    def refresh(self, group: RowGroup, fresh: RowGroup) -> None:
+        self._group(group).refresh(self._group(fresh))
 
     def store_kv(self, layer: int, k_TGD: Tensor, v_TGD: Tensor, locations_T: Tensor) -> None:
         store_rows(self._layers[layer], k_TGD.contiguous(), v_TGD.contiguous(), locations_T, self._filled)

@@ -92,6 +92,11 @@ class EngineConfig(BaseModel):
         "auto", MEMORY, "make texts and messages of a round while the next forward runs (auto: on a GPU)"
     )
 
+    disable_cuda_graph: bool = option(False, MEMORY, "record no denoising steps as CUDA graphs")
+    cuda_graph_max_bs: int | None = option(
+        None, MEMORY, "requests of the largest recorded step (default: max_running_requests)", gt=0, le=4096
+    )
+
     sparse_method: str = option("dense", SPARSE, "what is read, e.g. dense, quest, losa", metavar="NAME")
     sparse_methods: tuple[str, ...] | None = option(
         None,

@@ -16,6 +16,7 @@ from losa_runtime.attention.backend import AttentionBackend
 from losa_runtime.core.batch import ForwardBatch, ForwardMode, Segment
 from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem, nothing
 from losa_runtime.models.model import BlockDiffusionModel
+from losa_runtime.runner.graphs import DenoiseGraphs, Recorder
 from losa_runtime.runner.unmask import Unmasker
 from losa_runtime.sparse.attend import SparseAttend
 from losa_runtime.sparse.density import SegmentReport
@@ -45,6 +46,12 @@ class ModelRunner:
     ) -> None:
         self.model, self.backend, self.methods = model, backend, methods
         self._unmasker, self._device = unmasker, device
+        self.graphs: DenoiseGraphs | None = None
+
+    def record_steps(self, recorder: Recorder, spare_slot: int, most: int) -> None:
+        """From now on run later steps of up to `most` segments by recordings, where there can be any."""
+        about = (self.model, self.backend, self.methods, self.tensors)
+        self.graphs = DenoiseGraphs(*about, recorder, spare_slot, most)
 
     def release(self, slots: Iterable[int]) -> None:
         """Forget the method state of these slots, whether or not there is any."""
@@ -62,19 +69,26 @@ class ModelRunner:
         self.release(work.released)
         if not work.items:
             return Launched(work, list)
-        batch = self.tensors(work.items)
-        attend = SparseAttend(self.backend, self.methods, batch)
-        hidden_TC = self.model(batch.tokens_T, batch.positions_T, attend)
+        replayed = None if self.graphs is None else self.graphs.run(work.items)
+        if replayed is not None:
+            batch, hidden_TC, attend = replayed
+        else:
+            batch = self.tensors(work.items)
+            attend = SparseAttend(self.backend, self.methods, batch)
+            hidden_TC = self.model(batch.tokens_T, batch.positions_T, attend)
         return Launched(work, lambda: self._results(work.items, batch, hidden_TC, attend))
 
     @torch.inference_mode()
     def _results(
         self, items: Sequence[WorkItem], batch: ForwardBatch, hidden_TC: Tensor, attend: SparseAttend
     ) -> list[BlockResult]:
-        """What a forward has brought. Sampling has to know numbers, so it waits for the device anyway."""
+        """What a forward has brought; the batch may hold more than was asked for behind the items.
+
+        Sampling has to know numbers, so it waits for the device anyway.
+        """
         blocks = [item for item in items if not item.mode.stores]
         results = self._unmasker(blocks, hidden_TC[batch.stored :])
-        reports = attend.report()
+        reports = attend.report()[: len(blocks)]
         return self.stored(batch, hidden_TC) + [
             result if item.mode is ForwardMode.SCORE else result._replace(cost=_cost(report))
             for item, result, report in zip(blocks, results, reports, strict=True)

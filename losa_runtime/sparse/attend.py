@@ -62,6 +62,26 @@ class SparseAttend:
             party.group.put(out_THD, self._block_rows(layer, q, k, v, party))
         return out_THD
 
+    def refresh(self, fresh: SparseAttend) -> None:
+        """Write to the tensors that were made for this batch what they hold for another one of the same shape: a
+        recording of this forward then computes that one. What the host alone knows stays as it was.
+        """
+        for mine, theirs in zip(self._parties, fresh._parties, strict=True):
+            self._backend.refresh(mine.group, theirs.group)
+            if mine.work is not None and theirs.work is not None:
+                mine.work[1].refresh(theirs.work[1])
+
+    def recount(self) -> None:
+        """Forget what was read so far."""
+        for party in self._parties:
+            party.meter.restart()
+
+    def count_like(self, recorded: SparseAttend) -> None:
+        """Count what a recording of that forward, refreshed with this one, has just read. To be reported before it is
+        run again."""
+        for mine, theirs in zip(self._parties, recorded._parties, strict=True):
+            mine.meter.adopt(theirs.meter)
+
     def report(self) -> tuple[SegmentReport, ...]:
         """What was read so far, one entry per block segment in the order of the batch."""
         entries = [entry for party in self._parties for entry in party.meter.report(self._backend.pool)]

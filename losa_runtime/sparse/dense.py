@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import BaseModel
 from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend, PrefixPlan
@@ -15,6 +16,10 @@ class Dense(SparseMethod):
     """Exact block diffusion, without state."""
 
     has_budget: ClassVar[bool] = False
+
+    @classmethod
+    def recordable(cls, options: BaseModel) -> bool:
+        return True
 
     def plan(self, layer: int, q_RHD: Tensor, step: DenoiseStep, backend: AttentionBackend) -> PrefixPlan:
         return PrefixPlan()

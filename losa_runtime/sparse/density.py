@@ -80,8 +80,23 @@ class PrefixMeter:
         self._rows_SB = torch.zeros(segments, group.block_length, dtype=torch.float64, device=device)
         self._extra_S: Tensor | None = None  # positions read per KV head beside the plans
         self._noted: list[_Lists] = []
+        self._counted = False  # whether anything was counted at once instead of being noted
         self._prefix_S = to_device(group.prefix_lens, torch.int64, device)
         self._flags: dict[tuple[bool, ...], Tensor] = {}
+
+    def restart(self) -> None:
+        """Forget everything. Only for plans that are noted."""
+        assert not self._counted, "what was counted cannot be forgotten"
+        self._layers, self._host_dense, self._noted = 0, 0, []
+
+    def adopt(self, recorded: PrefixMeter) -> None:
+        """Count the layers that another meter has noted as those of this group, which has the same shape.
+
+        The tensors noted there are read when this meter reports.
+        """
+        assert not recorded._counted and not any(recorded._vectors), "only what was noted can be counted again"
+        self._layers, self._host_dense = recorded._layers, recorded._host_dense
+        self._noted = list(recorded._noted)
 
     def add(self, plan: PrefixPlan, pool: KVPool) -> None:
         """Count the plan of one layer."""
@@ -92,8 +107,9 @@ class PrefixMeter:
             return
         scored = (False,) * segments if plan.scored is None else plan.scored
         if plan.kv is not None and not plan.kv.per_row and plan.kv.heads == pool.num_kv_heads:
-            self._noted.append(_note(plan, plan.kv, scored, group.prefix_lens))
+            self._noted.append(_note(plan, plan.kv, scored, group.block_length))
             return
+        self._counted = True
         rows_SB = self._computed(plan.rows)
         self._rows_SB += rows_SB
         rows_S = rows_SB.sum(1)
@@ -105,6 +121,7 @@ class PrefixMeter:
 
     def also(self, plan: PrefixPlan, pool: KVPool) -> None:
         """Count K/V that a method read beside its plan of this layer: bytes, but neither rows nor density."""
+        self._counted = True
         read_S = self._shares(plan, self._computed(plan.rows).sum(1), pool.num_kv_heads)[0] * self._prefix_S
         self._extra_S = read_S if self._extra_S is None else self._extra_S + read_S
 
@@ -264,8 +281,8 @@ class PrefixMeter:
         return read_S.double() / (kv.heads * self._prefix_S.clamp(min=1))
 
 
-def _note(plan: PrefixPlan, kv: KVIndices, scored: tuple[bool, ...], prefix_lens: Sequence[int]) -> _Lists:
+def _note(plan: PrefixPlan, kv: KVIndices, scored: tuple[bool, ...], block_length: int) -> _Lists:
     last = None
-    if kv.indices.shape[0] and any(n % plan.granule for n in prefix_lens):
+    if kv.indices.shape[0] and block_length % plan.granule:  # a prefix, being whole blocks, may end within a granule
         last = kv.indices[(kv.indptr[1:] - 1).clamp(min=0)]
     return _Lists(plan.rows, kv.indptr, last, plan.granule, kv.whole, scored)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState, RenewedStates, Rows
@@ -64,6 +64,11 @@ class Losa(SparseMethod):
     def __init__(self, geometry: Geometry, memory: BlockMemory) -> None:
         super().__init__(geometry, memory)
         self._heads_nH: Tensor | None = None  # of the rows just planned, until they are completed
+
+    @classmethod
+    def recordable(cls, options: BaseModel) -> bool:
+        assert isinstance(options, LosaOptions)
+        return options.common_lists and options.granularity == "layer" and not options.refresh_every
 
     def plan(self, layer: int, q_RHD: Tensor, step: DenoiseStep, backend: AttentionBackend) -> PrefixPlan:
         options = step.options

@@ -106,7 +106,7 @@ class BlockMemory:
     def begin(self, layer: int, step: DenoiseStep) -> None:
         """Note which slots have opened their block, and insist that the others did before."""
         self._open.update((layer, slot) for slot, first in zip(step.slots, step.opens, strict=True) if first)
-        unknown = [slot for slot in step.slots if (layer, slot) not in self._open]
+        unknown = [slot for slot in step.used_slots if (layer, slot) not in self._open]
         assert not unknown, f"slots {unknown} are read in layer {layer} without an opening step"
 
     def renew(

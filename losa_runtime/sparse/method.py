@@ -84,6 +84,13 @@ class SparseMethod(ABC):
         return params.token_budget
 
     @classmethod
+    def recordable(cls, options: BaseModel) -> bool:
+        """Whether a later step, of segments whose budget does not cover their prefix, asks the same of the backend
+        whatever its numbers are, so that it can be recorded: nothing depends on what only the host knows of them.
+        """
+        return False
+
+    @classmethod
     def instead_of_budget(cls, options: MethodOptions) -> str | None:
         """The option that is set and takes the place of token_budget, if there is one."""
         return None

@@ -31,6 +31,11 @@ class PageOptions(MethodOptions):
     """The first layers in which every row reads everything in every step. QUEST's code keeps two; here none, so that
     the density of methods can be compared and small models still select."""
 
+    @property
+    def common_lists(self) -> bool:
+        """Whether the rows of a block and the query heads of a KV head share one list."""
+        return self.share != "none" and self.pages == "union"
+
 
 def plan_pages(
     layer: int,

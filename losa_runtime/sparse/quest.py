@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import BaseModel
 from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend, PrefixPlan
@@ -32,6 +33,11 @@ class Quest(SparseMethod):
 
     Options: ClassVar[type[MethodOptions]] = QuestOptions
     summaries: ClassVar[frozenset[Summary]] = frozenset({Summary.KEY_BOUNDS})
+
+    @classmethod
+    def recordable(cls, options: BaseModel) -> bool:
+        assert isinstance(options, QuestOptions)
+        return options.common_lists
 
     def plan(self, layer: int, q_RHD: Tensor, step: DenoiseStep, backend: AttentionBackend) -> PrefixPlan:
         options = step.options

@@ -34,8 +34,9 @@ class Part(NamedTuple):
 class DenoiseStep:
     """What a method sees of its block segments in one forward: made once, used by every layer.
 
-    group: the segments and their rows. slots: state index per segment, slots_S: int64, on the device. place_R: slot *
-    B + offset of each row, int64: where per-row state lies. opens: per segment, True in the first step of its block;
+    group: the segments and their rows. slots: state index per segment, slots_S: int64, on the device; used_slots: those
+    of segments that have something to unmask (others are padding, and share a slot that is nobody's). place_R: slot * B
+    + offset of each row, int64: where per-row state lies. opens: per segment, True in the first step of its block;
     numbers: its denoising step; unmasked: tokens accepted in it before this step. options: the method's, the same for
     all segments. budgets: tokens each query may read, per segment, budget_S: int64, on the device; whole: True where
     that covers the prefix (never without a `budget` rule). meter: where the method reports what it reads beside its
@@ -54,11 +55,11 @@ class DenoiseStep:
         self.options: BaseModel = self.params[0].options
         assert all(p.options == self.options for p in self.params), "different options in one group"
         self.slots = tuple(segment.slot for segment in group.segments)
-        assert len(set(self.slots)) == len(self.slots), f"two segments share a slot: {self.slots}"
+        self.used_slots = tuple(segment.slot for segment in group.segments if segment.masked != ())
+        assert len(set(self.used_slots)) == len(self.used_slots), f"two segments share a slot: {self.slots}"
         self.opens = tuple(segment.mode is ForwardMode.OPEN for segment in group.segments)
         self.numbers = tuple(segment.step for segment in group.segments)
         self.unmasked = tuple(segment.unmasked for segment in group.segments)
-        pairs = list(zip(self.params, group.prefix_lens, strict=True))
         pairs = list(zip(self.params, group.prefix_lens, strict=True))
         self.budgets = tuple(0 if budget is None else budget(p, n) for p, n in pairs)
         covered = zip(group.prefix_lens, self.budgets, strict=True)
@@ -97,6 +98,25 @@ class DenoiseStep:
         some = [every if segment.masked is None else segment.masked for segment in self.group.segments]
         flags = [[offset in mine for offset in every] for mine in map(frozenset, some)]
         return self.tensor(flags, torch.bool)
+
+    def refresh(self, fresh: DenoiseStep) -> None:
+        """Write to the tensors of this step what they hold for another one of the same shape."""
+        mine, theirs = self._inputs, fresh._inputs
+        for name, tensor in mine.items():
+            tensor.copy_(theirs[name])
+        for granule, best in self._best.items():
+            best.device_S.copy_(self.budget_S // granule)
+
+    @property
+    def _inputs(self) -> dict[str, Tensor]:
+        """What the host says of the segments, on the device."""
+        return {
+            "slots": self.slots_S,
+            "places": self.place_R,
+            "budgets": self.budget_S,
+            "active counts": self._count_S,
+            "active shares": self._tau_S,
+        }
 
     def part(self, wanted: Sequence[bool]) -> Part | None:
         """The segments where `wanted`, as a group of their own, made once; None if there are none."""

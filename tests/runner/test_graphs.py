@@ -1,0 +1,202 @@
+"""Recorded steps give what eager ones give, whatever the numbers; and what cannot be recorded is not.
+
+The recorder is a tape: what the host said while it was made is frozen, as in a CUDA graph, so an input that is not
+written anew shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from losa_runtime import LLM, SamplingParams
+from losa_runtime.attention.device_group import DeviceGroup
+from losa_runtime.attention.triton_backend import TritonBackend
+from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
+from losa_runtime.core.errors import ConfigError
+from losa_runtime.core.sampling_params import DiffusionParams
+from losa_runtime.core.work import WorkItem
+from losa_runtime.models.random_checkpoint import write_random_checkpoint
+from losa_runtime.runner import graphs
+from losa_runtime.sparse.method import METHODS, method_class
+from losa_runtime.sparse.step import DenoiseStep
+from tests.runner.steps import PAGE, SIZES, SPARE, Seen, StepWorld, TapeRecorder, params
+
+PREFIXES = (60, 44, 28, 84)
+TAU = ActiveRule("tau", 0.6)
+
+Asked = Sequence[tuple[int, SparseParams]]  # requests and their parameters
+
+
+def pair(layers: int = 1) -> tuple[StepWorld, StepWorld]:
+    """One that records, one that does not."""
+    recording, eager = (StepWorld(PREFIXES, TritonBackend, layers) for _ in range(2))
+    recording.runner.record_steps(TapeRecorder(), SPARE, most=4)
+    return recording, eager
+
+
+def close(got: Seen, want: Seen) -> None:
+    torch.testing.assert_close(got.hidden_RC, want.hidden_RC, rtol=1e-4, atol=1e-5)
+    assert got.costs == want.costs
+
+
+def play(worlds: tuple[StepWorld, StepWorld], step: int, asked: Asked) -> None:
+    """One round in both, compared."""
+    close(*(world.run([world.item(request, step, about) for request, about in asked]) for world in worlds))
+
+
+def check_states(worlds: tuple[StepWorld, StepWorld]) -> None:
+    for got, want in zip(*(world.states() for world in worlds), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def play_twice(worlds: tuple[StepWorld, StepWorld], asked: Asked) -> None:
+    for step in (1, 2):
+        play(worlds, step, asked)
+        check_states(worlds)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LEAST_PREFIX", 64)
+
+
+def recorded(worlds: tuple[StepWorld, StepWorld]) -> list[tuple[str, int, int]]:
+    found = worlds[0].runner.graphs
+    assert found is not None
+    return [(bucket.method, bucket.segments, bucket.prefix) for bucket in found._graphs]
+
+
+def test_losa_with_other_requests_lengths_rules_and_budgets() -> None:
+    """One, three and two requests; one grows by two blocks and moves on to a larger bucket of prefixes."""
+    worlds = pair()
+    small, wide, share = (params("losa", *about) for about in ((8,), (16, ActiveRule("count", 2)), (8, TAU)))
+    play(worlds, 0, [(0, small), (1, wide), (2, share)])
+    play(worlds, 1, [(0, small), (1, wide), (2, share)])
+    play(worlds, 2, [(2, share), (0, wide), (1, small)])
+    play(worlds, 3, [(1, share)])
+    play(worlds, 4, [(0, small), (2, wide), (1, small)])
+    assert recorded(worlds) == [("losa", 4, 64), ("losa", 1, 64)]
+    for world in worlds:
+        world.grow(0, 8)
+    play(worlds, 0, [(0, small)])
+    play(worlds, 1, [(0, small), (1, wide)])
+    assert recorded(worlds)[2:] == [("losa", 2, 128)]
+    check_states(worlds)
+
+
+@pytest.mark.parametrize(
+    "about", [params("dense"), params("quest", 16), params("losa", 16, dense_layers=1, reference="refresh")]
+)
+def test_other_methods_and_options(about: SparseParams) -> None:
+    worlds = pair(layers=2 if about.method == "losa" else 1)
+    play(worlds, 0, [(request, about) for request in range(3)])
+    for step, requests in ((1, [0, 1, 2]), (2, [1, 2]), (3, [2, 0, 1])):
+        play(worlds, step, [(request, about) for request in requests])
+    assert recorded(worlds) == [(about.method, 4, 64), (about.method, 2, 64)]
+    check_states(worlds)
+
+
+INPUTS = ("slots", "places", "budgets", "active counts", "active shares")
+
+
+@pytest.mark.parametrize("left_out", [*INPUTS, "table", "prefix lengths", "tokens", "positions"])
+def test_an_input_that_is_not_written_anew_shows(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if left_out in INPUTS:
+        inputs = DenoiseStep._inputs.fget  # type: ignore[attr-defined]
+        lacking = property(lambda step: {k: v for k, v in inputs(step).items() if k != left_out})
+        monkeypatch.setattr(DenoiseStep, "_inputs", lacking)
+    elif left_out in ("table", "prefix lengths"):
+        numbers = DeviceGroup._numbers.fget  # type: ignore[attr-defined]
+        place = ("table", "prefix lengths").index(left_out)
+        lacking = property(lambda group: tuple(x for i, x in enumerate(numbers(group)) if i != place))
+        monkeypatch.setattr(DeviceGroup, "_numbers", lacking)
+    else:
+        copied = {"tokens": "tokens_T", "positions": "positions_T"}[left_out]
+        load = graphs.DenoiseGraphs._load
+
+        def forgetful(self: graphs.DenoiseGraphs, graph: graphs._Graph, *rest: object) -> object:
+            kept = getattr(graph.batch, copied).clone()
+            out = load(self, graph, *rest)  # type: ignore[arg-type]
+            getattr(graph.batch, copied).copy_(kept)
+            return out
+
+        monkeypatch.setattr(graphs.DenoiseGraphs, "_load", forgetful)
+    worlds = pair()
+    asked = [(0, params("losa", 8)), (1, params("losa", 16)), (2, params("losa", 8, TAU))]
+    play(worlds, 0, asked)
+    with pytest.raises(AssertionError):
+        play_twice(worlds, asked)
+
+
+def refused(items: list[WorkItem]) -> bool:
+    """Whether there is no recording of such a round."""
+    world = StepWorld(PREFIXES, TritonBackend)
+    world.runner.record_steps(TapeRecorder(), SPARE, most=3)
+    assert world.runner.graphs is not None
+    return world.runner.graphs._bucket(items) is None
+
+
+def test_what_is_not_recorded() -> None:
+    world = StepWorld(PREFIXES, TritonBackend)
+    losa, quest = params("losa"), params("quest")
+    later = [world.item(request, 1, losa) for request in range(4)]
+    assert not refused(later[:3])
+    assert refused(later), "more than the largest bucket"
+    assert refused([*later[:2], world.item(2, 0, losa)]), "a first step among them"
+    assert refused([later[0], world.item(1, 1, quest)]), "two methods"
+    assert refused([later[0], world.item(1, 1, params("losa", dense_layers=1))]), "other options"
+    assert refused([later[0], world.item(2, 1, params("losa", 32))]), "a prefix within the budget"
+    assert refused([later[0], later[1]._replace(mode=ForwardMode.COMMIT, sparse=None)]), "a commit"
+    assert refused([later[0]._replace(mode=ForwardMode.SCORE, sparse=None)]), "a score"
+    assert not refused([world.item(2, 1, params("dense", 32))]), "it has no budget"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_say_what_can_be_recorded(method: str) -> None:
+    cls = method_class(method)
+    can = {"dense", "quest", "losa"}
+    assert cls.recordable(cls.Options()) == (method in can)
+    if method in ("quest", "losa"):
+        for options in ({"share": "none"}, {"pages": "own"}):
+            assert not cls.recordable(cls.Options(**options))
+    if method == "losa":
+        for options in ({"granularity": "head"}, {"refresh_every": 2}):
+            assert not cls.recordable(cls.Options(**options))
+
+
+def test_an_engine_answers_the_same(tmp_path: Path) -> None:
+    """Two requests with unlike methods, together and alone: some of their later steps are recorded, first steps and
+    commits never are; and every forward is counted."""
+    write_random_checkpoint(tmp_path, "tiny", num_hidden_layers=1, **SIZES)
+    wishes = [DiffusionParams(sparse_method=name, denoising_steps=2) for name in ("losa", "losa", "dense")]
+    asked = [
+        SamplingParams(temperature=0.0, max_new_tokens=new, ignore_eos=True, custom_params=wish)
+        for new, wish in zip((8, 16, 4), wishes, strict=True)
+    ]
+    prompts = [[(7 * i + j) % 250 for i in range(40 + 4 * j)] for j in range(3)]
+    told = []
+    for recording in (True, False):
+        options = {"token_budget": 16, "page_size": PAGE, "max_total_tokens": 400, "attention_backend": "triton"}
+        llm = LLM(model=str(tmp_path), max_running_requests=3, **options)
+        runner = llm.engine.parts.runner
+        if recording:
+            runner.record_steps(TapeRecorder(), spare_slot=2, most=2)
+        pairs = [llm.generate(some, params) for some, params in ((prompts[:2], asked[:2]), (prompts[2:], asked[2:]))]
+        told.append([(answer.token_ids, answer.stats.kv_bytes) for answers in pairs for answer in answers])
+        if recording:
+            stats, steps = llm.engine.stats(), sum(a.stats.denoise_steps for answers in pairs for a in answers)
+            assert stats["recorded_graphs"] == 3 and 0 < int(str(stats["graph_forwards"])) < steps
+    assert told[0] == told[1]
+
+
+def test_options_for_what_is_not_there_are_refused(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, "tiny", num_hidden_layers=1, **SIZES)
+    for options, why in (({}, "on cpu"), ({"disable_cuda_graph": True}, "beside disable_cuda_graph")):
+        with pytest.raises(ConfigError, match=f"cuda_graph_max_bs: found 8, allowed: absent {why}"):
+            LLM(model=str(tmp_path), device="cpu", cuda_graph_max_bs=8, **options)
+    llm = LLM(model=str(tmp_path), device="cpu", disable_cuda_graph=True, page_size=PAGE)
+    assert llm.engine.info()["cuda_graph_max_bs"] == 0 and llm.engine.stats()["recorded_graphs"] == 0

@@ -71,7 +71,8 @@ def serve_until_stopped(config: EngineConfig, settings: ServerSettings, command:
 def take_port(host: str, port: int) -> socket.socket:
     """A bound socket that does not listen yet. Raises StartFailed."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol by name: asyncio sets TCP_NODELAY on such sockets only, and without it an answer takes 40 ms more.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

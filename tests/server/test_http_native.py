@@ -301,7 +301,8 @@ def test_small_routes(http: httpx.Client) -> None:
     for method in ("GET", "POST"):
         assert http.request(method, "/start_profile").status_code == 501
         assert http.request(method, "/flush_cache", headers={"Content-Type": "application/json"}).status_code == 200
-    assert http.post("/flush_cache?timeout=soon").status_code == 400
+    for bad in ("soon", "nan", "inf", "-1", "601"):
+        assert http.post(f"/flush_cache?timeout={bad}").status_code == 400
 
 
 def test_long_texts_do_not_stop_the_event_loop(server: AppServer, http: httpx.Client) -> None:

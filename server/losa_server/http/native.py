@@ -23,6 +23,8 @@ from losa_server.request_manager import Generation, RequestManager
 
 router = APIRouter()
 
+MAX_PATIENCE_S = 600.0  # of one call
+
 
 @router.post("/generate")
 @router.put("/generate")
@@ -63,10 +65,13 @@ def _answer(manager: RequestManager, call: GenerateCall, generation: Generation)
 async def flush_cache(request: Request) -> Response:
     """Forget cached prefixes; 400 while requests are pending. `?timeout=` seconds to wait for them."""
     manager = manager_of(request)
+    given = request.query_params.get("timeout", "0")
     try:
-        patience_s = min(float(request.query_params.get("timeout", "0")), 600.0)
+        patience_s = float(given)
     except ValueError:
-        raise InvalidRequest("timeout", request.query_params["timeout"], "seconds") from None
+        patience_s = -1.0
+    if not 0 <= patience_s <= MAX_PATIENCE_S:
+        raise InvalidRequest("timeout", given, f"seconds from 0 to {MAX_PATIENCE_S:g}")
     deadline = time.monotonic() + patience_s
     while not await manager.client.flush_cache():
         if time.monotonic() >= deadline:

@@ -11,7 +11,7 @@ from typing import Any
 
 from losa_runtime.core.errors import InvalidRequest
 from losa_server.errors import RequestFailed
-from losa_server.http.fields import flag, integer, labels, mapping, namespaces, per_prompt
+from losa_server.http.fields import flag, integer, labels, mapping, namespaces, priorities
 from losa_server.http.generate_request import copies
 from losa_server.http.openai.wishes import ParsedWishes, Words
 from losa_server.request_manager import Ask, RequestManager
@@ -73,7 +73,7 @@ def make_call(
     if count * wishes.n > most:
         raise InvalidRequest("n", f"{count} prompts times {wishes.n}", f"at most {most} choices in one call")
     names = labels(body, count)
-    priorities = per_prompt(body, "priority", count, int, 0)
+    ranks = priorities(body, count)
     spaces = namespaces(body, count)
     options = mapping(body, "stream_options")
     id_ = body["rid"] if isinstance(body.get("rid"), str) else f"{kind}-{uuid.uuid4().hex}"
@@ -88,7 +88,7 @@ def make_call(
             output_logprobs=logprobs is not None,
             top_logprobs=logprobs or 0,
             namespace=spaces[i],
-            priority=priorities[i],
+            priority=ranks[i],
         )
         asks.extend(copies(ask, wishes.n))
     return Call(

@@ -164,9 +164,7 @@ class EngineCollector(Collector):
         yield self._gauge("losa:live_requests", "Requests that a client waits for", self._manager.live)
         yield self._counter("losa:malformed_messages", "Dropped frames from the engine", client.malformed_messages)
         yield self._counter("losa:late_outputs", "News for nobody", client.unknown_outputs)
-        restarts = getattr(client, "restarts", None)
-        if restarts is not None:
-            yield self._counter("losa:engine_restarts", "Engines that had to be replaced", restarts)
+        yield self._counter("losa:engine_restarts", "Engines that had to be replaced", client.restarts)
         if client.reported_at is None:
             return
         yield self._gauge("losa:engine_report_age_seconds", "Age", time.monotonic() - client.reported_at)

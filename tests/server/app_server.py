@@ -1,4 +1,4 @@
-"""A whole server inside the test process: real HTTP, real zmq sockets, the echo engine in a thread."""
+"""A whole server inside the test process: real HTTP, real zmq sockets, an engine in a thread (else the echo)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Self
 import uvicorn
 
 from losa_runtime.core.config import EngineConfig
+from losa_runtime.tokenizer import Tokenizer
 from losa_server.channel import Receiver, Sender
 from losa_server.engine_client import EngineClient
 from losa_server.engine_loop import EngineLoop
@@ -27,15 +28,21 @@ from tests.server.fake_engine import FakeEngine
 class AppServer:
     """Started on entry, stopped on exit. `call` runs a coroutine in the server's event loop.
 
-    send_buffer: bytes that the kernel holds of an answer that nobody reads; None leaves it to the kernel.
+    send_buffer: bytes that the kernel holds of an answer that nobody reads; None leaves it to the kernel. engine: an
+    EngineFace; None makes an echo.
     """
 
     def __init__(
-        self, model: str, send_buffer: int | None = None, tracer: Tracer | None = None, **settings: Any
+        self,
+        model: str,
+        send_buffer: int | None = None,
+        tracer: Tracer | None = None,
+        engine: Any = None,
+        **settings: Any,
     ) -> None:
         self.send_buffer, self.tracer = send_buffer, tracer
         self.settings = ServerSettings(port=0, **{"shutdown_s": 1.0, **settings})
-        self.engine = FakeEngine(EngineConfig(model=model, max_queued_requests=600))
+        self.engine = engine or FakeEngine(EngineConfig(model=model, max_queued_requests=600))
         self._up = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
 
@@ -69,7 +76,9 @@ class AppServer:
         thread = threading.Thread(target=run_engine, daemon=True)
         thread.start()
         await self.client.wait_ready()
-        self.manager = RequestManager(self.client, self.engine.tokenizer, self.settings)
+        info = self.client.info
+        tokenizer = Tokenizer(info["tokenizer_path"], info["mask_token_id"])
+        self.manager = RequestManager(self.client, tokenizer, self.settings)
         listener = take_port("127.0.0.1", 0)
         if self.send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.send_buffer)

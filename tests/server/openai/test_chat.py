@@ -137,8 +137,21 @@ def test_tool_calls_in_a_stream(tool_client: openai.OpenAI) -> None:
     assert found[-1].finish_reason == "tool_calls"
 
 
+def test_call_tags_that_are_special_tokens_are_not_skipped(
+    tool_client: openai.OpenAI, tool_server: AppServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tool_server.manager.tokenizer
+    monkeypatch.setattr(tokenizer, "special_texts", (*tokenizer.special_texts, "<tool_call>"))
+    chat(tool_client, tools=TOOLS)
+    assert not tool_server.engine.seen[-1].sampling.skip_special_tokens
+    chat(tool_client)
+    assert tool_server.engine.seen[-1].sampling.skip_special_tokens
+
+
 def test_a_call_that_has_to_be_made_constrains_the_output(tool_client: openai.OpenAI, tool_server: AppServer) -> None:
-    chat(tool_client, tools=TOOLS, tool_choice="required", extra_body={"cache_salt": "x"})
+    schema = {"properties": {"at": {"const": "fox"}}, "required": ["at"], "type": "object"}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": schema}}]
+    chat(tool_client, tools=tools, tool_choice="required")
     pattern = tool_server.engine.seen[-1].sampling.regex
     assert pattern is not None and re.fullmatch(pattern, CALL)
     chat(tool_client, tools=TOOLS)

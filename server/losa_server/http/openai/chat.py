@@ -18,6 +18,7 @@ from losa_server.http.openai.answer import Chunks, Json, envelope, usage
 from losa_server.http.openai.call import Call, check_model, make_call, top_logprobs
 from losa_server.http.openai.chat_choices import MessageChoices, message_choice
 from losa_server.http.openai.messages import parse_messages
+from losa_server.http.openai.tool_calls import OPEN
 from losa_server.http.openai.tools import Tools, parse_tools
 from losa_server.http.openai.wishes import parse_body
 from losa_server.http.replies import json_reply
@@ -75,6 +76,8 @@ async def parse_chat(manager: RequestManager, renderer: Renderer, body: Json) ->
     tools = await asyncio.to_thread(parse_tools, body)  # schemas may be large
     if tools.pattern is not None:
         body = {**body, "regex": tools.pattern, "response_format": None}
+    if tools.names and OPEN in manager.tokenizer.special_texts:  # where they are special, calls would be skipped
+        body = {**body, "skip_special_tokens": False}
     wishes = parse_body(body, ("max_completion_tokens", "max_tokens"), None)
     if tools.pattern is not None:
         wishes.words.names["regex"] = "tool_choice"

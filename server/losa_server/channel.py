@@ -28,6 +28,7 @@ log = logging.getLogger("losa.channel")
 MAX_MESSAGE_BYTES = 64 * 2**20
 # Frames that may wait in a socket. The request manager bounds the live requests far below this.
 HIGH_WATER_MARK = 20_000
+FIRST_LOGGED = 10  # malformed messages that are each logged; then every thousandth
 MAX_DIRECTORY_LENGTH = 75
 LOCK = "in-use"  # a file that is locked as long as the HTTP process lives
 YOUNG_S = 60.0  # a directory is younger than this between its making and its locking
@@ -115,8 +116,10 @@ class Inbox:
             return self.direction.words.validate_json(frames[0])
         except (ValidationError, ValueError, RecursionError) as error:
             self.malformed += 1
-            # The content is not logged: it may hold a prompt, and it is not ours.
-            log.warning("dropped malformed message %d on %s: %s", self.malformed, self.direction.name, _reason(error))
+            # The content is not logged: it may hold a prompt, and it is not ours. Nor does a flood fill the disk.
+            if self.malformed <= FIRST_LOGGED or self.malformed % FIRST_LOGGED**3 == 0:
+                what = f"dropped malformed message {self.malformed} on {self.direction.name}"
+                log.warning("%s: %s", what, _reason(error))
             return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 from losa_runtime.core.config import EngineConfig
 from losa_server.channel import AsyncReceiver, AsyncSender, SocketDirectory, checked
 from losa_server.errors import EngineUnavailable
+from losa_server.keys import SECRET_VARIABLES
 from losa_server.messages import (
     TO_ENGINE,
     TO_FRONTEND,
@@ -88,7 +90,8 @@ class EngineLife:
             log_level=settings.log_level,
             log_format=settings.log_format,
         )
-        process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended at once; the sentinel says so
             process.stdin.write(start.model_dump_json().encode())

@@ -128,7 +128,8 @@ class EngineLoop:
             self._load = load
             self._sender.send(load)
         if time.monotonic() >= self._next_report:
-            self._sender.send(EngineStats(ticket=0, stats=self._report.make(self._engine.stats())))
+            stats = {**self._engine.stats(), "malformed_messages": self._receiver.inbox.malformed}
+            self._sender.send(EngineStats(ticket=0, stats=self._report.make(stats)))
             self._next_report = time.monotonic() + REPORT_S
 
     def _take_messages(self) -> None:

@@ -16,6 +16,7 @@ from losa_server.settings import ServerSettings
 from losa_server.visit import Caller
 
 _KEY = re.compile(r"[!-9;-~]{1,512}")  # visible ASCII without the colon, which separates fields in a key file
+SECRET_VARIABLES = ("LOSA_API_KEY", "LOSA_ADMIN_API_KEY")  # not for the processes that the server starts
 _NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
 
 

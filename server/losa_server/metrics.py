@@ -8,7 +8,7 @@ Everything lives in a registry of its own, so that several servers in one proces
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -162,9 +162,10 @@ class EngineCollector(Collector):
         report, info = client.report, client.info
         yield self._gauge("losa:engine_up", "Whether there is a live engine", int(client.healthy))
         yield self._gauge("losa:live_requests", "Requests that a client waits for", self._manager.live)
-        yield self._counter("losa:malformed_messages", "Dropped frames from the engine", client.malformed_messages)
         yield self._counter("losa:late_outputs", "News for nobody", client.unknown_outputs)
         yield self._counter("losa:engine_restarts", "Engines that had to be replaced", client.restarts)
+        dropped = {"server": client.malformed_messages, "engine": report.get("malformed_messages", 0)}
+        yield self._by("losa:malformed_messages", "Frames between the processes that were dropped", "at", dropped)
         if client.reported_at is None:
             return
         yield self._gauge("losa:engine_report_age_seconds", "Age", time.monotonic() - client.reported_at)
@@ -180,10 +181,7 @@ class EngineCollector(Collector):
 
     def _rows(self, report: dict[str, Any]) -> Iterable[Metric]:
         if "rows" in report:
-            rows = CounterMetricFamily("losa:rows", "Rows computed, by what they were for", labels=[LABEL, "mode"])
-            for mode, count in report["rows"].items():
-                rows.add_metric([self._model_name, mode], count)
-            yield rows
+            yield self._by("losa:rows", "Rows computed, by what they were for", "mode", report["rows"])
 
     def _pool(self, report: dict[str, Any], info: dict[str, Any]) -> Iterable[Metric]:
         """The page pool in tokens. Used: neither free nor evictable at once."""
@@ -206,6 +204,12 @@ class EngineCollector(Collector):
             read, skipped = report["kv_bytes"], report["dense_bytes"] - report["kv_bytes"]
             yield self._counter("losa:kv_pages_loaded", "Pages' worth of K/V read by denoising steps", read / size)
             yield self._counter("losa:kv_pages_skipped", "Pages' worth that they did not read", skipped / size)
+
+    def _by(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+        family = CounterMetricFamily(name, text, labels=[LABEL, label])
+        for value, count in values.items():
+            family.add_metric([self._model_name, value], count)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=[LABEL])

@@ -56,13 +56,13 @@ class AppServer:
         self._thread.join(10)
         assert not self._thread.is_alive()
 
-    def call(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(10)
+    def call(self, coroutine: Any, seconds: float = 10) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(seconds)
 
     async def _main(self) -> None:
         self.loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self.client = EngineClient()
-        directory = self.client.connect()
+        self.directory = directory = self.client.connect()
         sender = Sender(directory.address(TO_FRONTEND))
         receiver = Receiver(directory.address(TO_ENGINE), TO_ENGINE)
         engine_loop = EngineLoop(self.engine, receiver, sender)

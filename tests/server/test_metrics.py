@@ -111,6 +111,11 @@ def test_the_engines_word_is_passed_on(fresh: AppServer) -> None:
     assert values["losa:kv_pages_loaded_total", ""] == 20
     assert values["losa:kv_pages_skipped_total", ""] == 60
     assert values["losa:engine_up", ""] == 1
+    assert values["losa:engine_restarts_total", ""] == 0
+    assert (values["losa:malformed_messages_total", "server"], values["losa:malformed_messages_total", "engine"]) == (
+        0,
+        0,
+    )
 
 
 def test_a_scrape_does_not_wait_for_a_step(fresh: AppServer) -> None:

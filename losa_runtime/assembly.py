@@ -14,7 +14,7 @@ import psutil
 import torch
 
 import losa_runtime
-from losa_runtime.attention.backend import BackendConfig, make_backend
+from losa_runtime.attention.backend import BackendConfig, make_backend, own_bytes
 from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.cache.prefix_cache import PrefixCache
 from losa_runtime.core.batch import SparseParams
@@ -164,6 +164,7 @@ def assemble(config: EngineConfig) -> Parts:
     use_row_tile(model, ROW_TILE if config.deterministic else None)
     offered = offered_methods(config)
     reserved = total_state_bytes(geometry, dtype.itemsize, offered)
+    reserved += own_bytes(config.attention_backend, backend_config)
     if recorded:
         reserved += recording_bytes(model_config, -(-context_length // config.page_size), recorded, dtype.itemsize)
     num_pages = _num_pages(config, model_config, kv_dtype, device, context_length, reserved)

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 BACKENDS: dict[str, str] = {
     "native": "losa_runtime.attention.native_backend:NativeBackend",
     "triton": "losa_runtime.attention.triton_backend:TritonBackend",
+    "flashinfer": "losa_runtime.attention.flashinfer_backend:FlashInferBackend",
     "torch": "losa_runtime.attention.torch_backend:TorchBackend",
 }
 AUTO = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}  # the first that can serve the model
@@ -177,6 +178,11 @@ class RowGroup:
         """Committed tokens before each segment."""
         return tuple(segment.prefix_len for segment in self.segments)
 
+    @property
+    def padding(self) -> bool:
+        """Whether no segment has anything to unmask: what a recording is made on, with bounds in place of lengths."""
+        return all(segment.masked == () for segment in self.segments)
+
     def take(self, x_T: Tensor) -> Tensor:
         """The group's rows of a tensor over the batch."""
         return x_T[self.where]
@@ -276,6 +282,11 @@ class AttentionBackend(ABC):
     @abstractmethod
     def supports(cls, config: BackendConfig) -> str | None:
         """None, or the reason why this backend cannot serve `config`."""
+
+    @classmethod
+    def own_bytes(cls, config: BackendConfig) -> int:
+        """Memory that it takes for good, beside the pages."""
+        return 0
 
     @property
     def detail(self) -> str:
@@ -478,6 +489,13 @@ def backend_class(name: str) -> type[AttentionBackend]:
     found = getattr(importlib.import_module(module), member)
     assert issubclass(found, AttentionBackend)
     return found
+
+
+def own_bytes(name: str, config: BackendConfig) -> int:
+    """Memory that the backend called `name` will take for good, beside the pages. Raises ConfigError."""
+    if name == "auto" or _refusal(name, config) is not None:
+        return 0
+    return backend_class(name).own_bytes(config)
 
 
 def make_backend(name: str, config: BackendConfig, pool: KVPool, scale: float | None = None) -> AttentionBackend:

@@ -58,7 +58,9 @@ class EngineConfig(BaseModel):
     )
     dtype: DType = option("auto", MODEL, "of weights and activations")
     device: Literal["auto", "cpu", "cuda"] = option("auto", MODEL, "where the model runs")
-    attention_backend: Literal["auto", "native", "triton", "torch"] = option("auto", MODEL, "how attention is computed")
+    attention_backend: Literal["auto", "native", "triton", "flashinfer", "torch"] = option(
+        "auto", MODEL, "how attention is computed"
+    )
     context_length: int | None = option(
         None, MODEL, "longest prompt plus output in tokens (default: the model's)", gt=0
     )

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from losa_runtime.attention.flashinfer_interface import VERSIONS, WRAPPER
+from tests.runner.tape import device_call
 
 EMPTY = -5e4
 
 
 class FakeWrapper:
-    """See the real one. `made` counts, `plans` and `runs` tell."""
+    """See the real one. `made` counts them. A run is one call of the device, as a tape sees it."""
 
     made = 0
 
@@ -36,7 +37,6 @@ class FakeWrapper:
         assert float_workspace_buffer.numel() >= 128 << 20
         type(self).made += 1
         self.device, self._planned = float_workspace_buffer.device, False
-        self.plans: list[dict[str, Any]] = []
 
     def reset_workspace_buffer(self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor) -> None:
         assert not self._planned, "the tables of the plan lie in the buffer that is taken away"
@@ -91,7 +91,11 @@ class FakeWrapper:
         assert lse is not None and lse.shape == q.shape[:2] and lse.dtype == torch.float32 and lse.is_contiguous()
         for cache in paged_kv_cache:
             assert cache.shape[1:] == (kv_heads, page_size, dim) and cache.dtype == q.dtype
-        lengths = self._device_lengths(page_size)
+        device_call(lambda: self._compute(q, paged_kv_cache, out, lse))
+        return out, lse
+
+    def _compute(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor], out: Tensor, lse: Tensor) -> None:
+        lengths = self._device_lengths(self._shape[3])
         assert self._lengths in (None, lengths), "lengths changed under a plan that splits"
         ends = self._indptr.tolist()
         for entry, length in enumerate(lengths):
@@ -101,7 +105,6 @@ class FakeWrapper:
                 pages = self._indices[ends[entry] : ends[entry + 1]].long()
                 k, v = (x[pages].transpose(0, 1).flatten(1, 2)[:, :length].double() for x in paged_kv_cache)
                 out[rows], lse[rows] = self._attend(q[rows].double(), k, v)
-        return out, lse
 
     def _device_lengths(self, page_size: int) -> list[int]:
         counts = self._indptr.diff().tolist()

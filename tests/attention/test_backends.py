@@ -337,7 +337,7 @@ def test_refusals_name_the_reason() -> None:
     pool = KVPool(1, 1, G, 12, D, torch.float32)
     with pytest.raises(ConfigError, match="page size 12 and block length 8"):
         make_backend("torch", config, pool)
-    with pytest.raises(ConfigError, match="found 'fast', allowed: native, triton, torch"):
+    with pytest.raises(ConfigError, match="found 'fast', allowed: native, triton, flashinfer, torch"):
         make_backend("fast", config._replace(page_size=8), pool)
     assert TorchBackend.supports(config._replace(page_size=16)) is None
 

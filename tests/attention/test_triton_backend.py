@@ -186,7 +186,8 @@ def test_without_the_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_a_missing_package_is_a_reason(pool: KVPool, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
-    monkeypatch.delitem(sys.modules, "losa_runtime.attention.triton_backend")
+    for name in ("triton_backend", "device_backend"):
+        monkeypatch.delitem(sys.modules, f"losa_runtime.attention.{name}")
 
     def missing(name: str, *rest: Any) -> Any:
         if name == "triton":

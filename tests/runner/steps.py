@@ -28,7 +28,7 @@ from tests.runner.tape import Tape
 B, PAGE, SLOTS, CONTEXT, PAGES = 4, 8, 5, 256, 60
 SPARE = SLOTS - 1
 SHAPE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-SIZES = {**SHAPE, "head_dim": 16, "block_size": B, "max_position_embeddings": CONTEXT + B}
+SIZES = {**SHAPE, "block_size": B, "max_position_embeddings": CONTEXT + B}
 METHODS = ("dense", "quest", "losa")
 ONE_ROW = ActiveRule("count", 1)
 
@@ -70,9 +70,10 @@ class StepWorld:
         backend: Callable[[KVPool, int], AttentionBackend],
         layers: int = 1,
         dtype: torch.dtype = torch.float32,
+        head_dim: int = 16,
     ) -> None:
         self._rng = torch.Generator().manual_seed(0)
-        self.model = random_model("tiny", dtype, DEVICE, num_hidden_layers=layers, **SIZES)
+        self.model = random_model("tiny", dtype, DEVICE, num_hidden_layers=layers, head_dim=head_dim, **SIZES)
         self.prefixes = list(prefixes)
         config = self.model.config
         shape = (config.num_layers, PAGES, config.num_kv_heads, PAGE, config.head_dim, dtype, DEVICE)

@@ -14,6 +14,7 @@ import torch
 
 from losa_runtime import LLM, SamplingParams
 from losa_runtime.attention.device_group import DeviceGroup
+from losa_runtime.attention.flashinfer_backend import FlashInferBackend
 from losa_runtime.attention.triton_backend import TritonBackend
 from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
 from losa_runtime.core.errors import ConfigError
@@ -23,6 +24,7 @@ from losa_runtime.models.random_checkpoint import write_random_checkpoint
 from losa_runtime.runner import graphs
 from losa_runtime.sparse.method import METHODS, method_class
 from losa_runtime.sparse.step import DenoiseStep
+from tests.attention import fake_flashinfer
 from tests.runner.steps import PAGE, SIZES, SPARE, Seen, StepWorld, TapeRecorder, params
 
 PREFIXES = (60, 44, 28, 84)
@@ -171,7 +173,7 @@ def test_methods_say_what_can_be_recorded(method: str) -> None:
 def test_an_engine_answers_the_same(tmp_path: Path) -> None:
     """Two requests with unlike methods, together and alone: some of their later steps are recorded, first steps and
     commits never are; and every forward is counted."""
-    write_random_checkpoint(tmp_path, "tiny", num_hidden_layers=1, **SIZES)
+    write_random_checkpoint(tmp_path, "tiny", num_hidden_layers=1, head_dim=16, **SIZES)
     wishes = [DiffusionParams(sparse_method=name, denoising_steps=2) for name in ("losa", "losa", "dense")]
     asked = [
         SamplingParams(temperature=0.0, max_new_tokens=new, ignore_eos=True, custom_params=wish)
@@ -194,9 +196,23 @@ def test_an_engine_answers_the_same(tmp_path: Path) -> None:
 
 
 def test_options_for_what_is_not_there_are_refused(tmp_path: Path) -> None:
-    write_random_checkpoint(tmp_path, "tiny", num_hidden_layers=1, **SIZES)
+    write_random_checkpoint(tmp_path, "tiny", num_hidden_layers=1, head_dim=16, **SIZES)
     for options, why in (({}, "on cpu"), ({"disable_cuda_graph": True}, "beside disable_cuda_graph")):
         with pytest.raises(ConfigError, match=f"cuda_graph_max_bs: found 8, allowed: absent {why}"):
             LLM(model=str(tmp_path), device="cpu", cuda_graph_max_bs=8, **options)
     llm = LLM(model=str(tmp_path), device="cpu", disable_cuda_graph=True, page_size=PAGE)
     assert llm.engine.info()["cuda_graph_max_bs"] == 0 and llm.engine.stats()["recorded_graphs"] == 0
+
+
+@pytest.mark.parametrize("method", ["dense", "quest", "losa"])
+def test_flashinfer_is_recorded_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plans for lists are made before; a whole prefix, whose length only the device knows, is a list."""
+    fake_flashinfer.install(monkeypatch)
+    worlds = tuple(StepWorld(PREFIXES, FlashInferBackend, dtype=torch.float16, head_dim=64) for _ in range(2))
+    worlds[0].runner.record_steps(TapeRecorder(), SPARE, most=4)
+    for step, requests in ((0, (0, 1, 2)), (1, (0, 1, 2)), (2, (2, 1, 0))):
+        asked = [(request, params(method)) for request in requests]
+        got, want = (w.run([w.item(request, step, about) for request, about in asked]) for w in worlds)
+        torch.testing.assert_close(got.hidden_RC, want.hidden_RC, rtol=2e-2, atol=2e-2)
+        assert got.costs == want.costs
+    assert recorded(worlds) == [(method, 4, 64)]  # type: ignore[arg-type]

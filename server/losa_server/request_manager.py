@@ -210,7 +210,11 @@ class RequestManager:
     async def open_all(self, asks: Sequence[Ask], visit: Visit) -> list[Generation]:
         """Send requests, all or none; whoever calls closes them. Raises RequestFailed or InvalidRequest."""
         self.client.require_room(len(asks))
-        ids = [tuple(await self.encode(a.prompt, a.field)) if isinstance(a.prompt, str) else a.prompt for a in asks]
+        known: dict[str, tuple[int, ...]] = {}  # samples share their prompt
+        for ask in asks:
+            if isinstance(ask.prompt, str) and ask.prompt not in known:
+                known[ask.prompt] = tuple(await self.encode(ask.prompt, ask.field))
+        ids = [known[ask.prompt] if isinstance(ask.prompt, str) else ask.prompt for ask in asks]
         self._check_sizes(asks, ids)
         compiled = [await self._compiled(ask.sampling) for ask in asks]
         requests = [_request(*each, visit) for each in zip(asks, ids, compiled, strict=True)]

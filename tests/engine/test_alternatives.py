@@ -145,3 +145,16 @@ def test_retracted_blocks_are_traced_again(tiny_checkpoint: Path) -> None:
         for step in (step for o in outputs for step in o.trace):
             written |= dict(zip(step.positions, step.token_ids, strict=True))
         assert [written[i] for i in range(60)] == [t for o in outputs for t in o.token_ids]
+
+
+def test_alternatives_stand_beside_constrained_tokens_too(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_new_tokens=20, regex="[a-f]{18}")
+    [outputs] = run(llm, ask(sampling=params, top_logprobs=2, logprob_ids=(ord("g"),), trace=True)).values()
+    ids = [t for o in outputs for t in o.token_ids]
+    logprobs = [p for o in outputs for p in o.output_logprobs or ()]
+    others = [a for o in outputs for a in o.output_alternatives or ()]
+    assert len(ids) == len(logprobs) == len(others) >= 18
+    assert all(chr(i) in "abcdef" for i in ids[:18])
+    # What the model itself would have said: a likelier token may not have been allowed.
+    assert all(other.top_logprobs[0] >= value - 1e-9 for value, other in zip(logprobs, others, strict=True))
+    assert all(math.isfinite(other.asked[0]) for other in others)

@@ -12,6 +12,7 @@ import pytest
 from losa_runtime.tokenizer import Tokenizer
 from losa_server.errors import RequestFailed
 from tests.server.app_server import AppServer
+from tests.server.openai.conftest import client_of
 
 PROMPT = "the red fox walked along the river"
 MODEL = "default"
@@ -144,6 +145,24 @@ def test_scoring_by_echo(client: openai.OpenAI) -> None:
     only = complete(client, echo=True, max_tokens=0, logprobs=1)
     assert only.choices[0].text == PROMPT and only.choices[0].logprobs.tokens == logprobs.tokens[:n]
     assert only.choices[0].logprobs.token_logprobs == logprobs.token_logprobs[:n]
+
+
+def test_too_much_to_score_is_told_of_echo(bundled: str) -> None:
+    with AppServer(bundled, max_score_tokens=3) as server, client_of(server) as client:
+        with pytest.raises(openai.BadRequestError, match="4 prompt tokens to score") as caught:
+            complete(client, prompt=[70, 71, 72, 73], echo=True, logprobs=0)
+        assert caught.value.param == "echo"
+        assert complete(client, prompt=[70, 71, 72], echo=True, logprobs=0).choices
+
+
+def test_samples_of_a_prompt_are_tokenized_once(
+    client: openai.OpenAI, server: AppServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    encode = server.manager.tokenizer.encode
+    monkeypatch.setattr(server.manager.tokenizer, "encode", lambda text: [seen.append(text), encode(text)][1])
+    complete(client, prompt=["fox", "hen"], n=3)
+    assert sorted(seen) == ["fox", "hen"]
 
 
 def test_everything_reaches_the_engine(client: openai.OpenAI, server: AppServer) -> None:

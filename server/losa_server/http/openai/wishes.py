@@ -96,7 +96,7 @@ def parse_body(body: dict[str, Any], limit: tuple[str, ...], default_limit: int 
     if type(given.get("sampling_seed")) is int:
         given["sampling_seed"] %= 2**63  # OpenAI's seeds may be negative
     knobs = {name: body[name] for name in KNOBS if body.get(name) is not None}
-    words = Words({**names, **{name: name for name in knobs}})
+    words = Words({"logprob_start_len": "echo", **names, **{name: name for name in knobs}})
     try:
         wishes = parse_wishes(given, {**mapping(body, "custom_params"), **knobs})
     except InvalidRequest as error:

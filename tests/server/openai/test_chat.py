@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from losa_runtime.tokenizer import Tokenizer
@@ -164,12 +165,18 @@ def test_a_template_without_tools_refuses_them(client: openai.OpenAI) -> None:
     assert chat(client, tools=TOOLS, tool_choice="none").choices
 
 
+def children() -> set[int]:
+    return {p.pid for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE}
+
+
 def test_a_checkpoint_without_a_template(bundled: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = with_template(bundled, tmp_path, None)
+    folder, before = with_template(bundled, tmp_path, None), children()
     with caplog.at_level(logging.WARNING), AppServer(folder) as server, client_of(server) as client:
         chat(client, [{"role": "system", "content": "brief"}, *USER])
+        assert children() > before
         assert seen(server) == "SYSTEM:brief\nUSER:the red fox\nASSISTANT:"
     assert "no chat template" in caplog.text
+    assert children() == before, "what renders ends with the server"
 
 
 def test_templates_that_fail(bundled: str, tmp_path: Path) -> None:

@@ -43,8 +43,9 @@ DECODING = "decoding (defaults; a request may choose otherwise in custom_params)
 class EngineConfig(BaseModel):
     """Everything that is fixed for the life of an engine. A new field is a new option of every command that starts one.
 
-    dtype and kv_cache_dtype: auto = float32 on a CPU, the checkpoint's else. attention_backend: auto = native where its
-    kernels are built and the CPU has AVX2. max_total_tokens: None = from free memory times mem_fraction_static.
+    dtype and kv_cache_dtype: auto = float32 on a CPU, the checkpoint's else. attention_backend: auto = on a CPU native,
+    where its kernels are built and it has AVX2, on a GPU triton; else torch. max_total_tokens: None = from free memory
+    times mem_fraction_static.
     sparse_method … denoising_steps: defaults of `DiffusionParams`, see there. token_budget: None = 1024, or the context
     if that is shorter. sparse_methods: only the page summaries and the state of these take memory. sparse_options: of
     `sparse_method`; they are not for requests that choose another method.

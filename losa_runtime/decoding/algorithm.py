@@ -42,7 +42,8 @@ class Candidates(NamedTuple):
     def block_R(self) -> Tensor:
         """int64 [R]: the number of each row's block."""
         counts_S = self.indptr_S.diff()
-        return torch.arange(len(counts_S), device=counts_S.device).repeat_interleave(counts_S)
+        numbers_S = torch.arange(len(counts_S), device=counts_S.device)
+        return numbers_S.repeat_interleave(counts_S, output_size=len(self.token_R))
 
 
 class DecodingAlgorithm(ABC):

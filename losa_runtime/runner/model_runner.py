@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.cache.transfer import vectors_to_device
 from losa_runtime.core.batch import ForwardBatch, ForwardMode, Segment
 from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem, nothing
 from losa_runtime.models.model import BlockDiffusionModel
@@ -104,29 +105,27 @@ class ModelRunner:
         return [nothing() if sound_T[s.start : s.stop].all() else nothing(_BROKEN) for s in stores]
 
     def tensors(self, items: Sequence[WorkItem]) -> ForwardBatch:
-        """The ragged rows of a round on the device."""
-        segments: list[Segment] = []
-        locations: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+        """The ragged rows of a round on the device: all host values of a forward that its rows are made of, in one
+        copy."""
         page_size = self.backend.pool.page_size
+        positions = [np.arange(item.start, item.start + item.tokens.size) for item in items]
+        stored = [(item.pages, at) for item, at in zip(items, positions, strict=True) if item.mode.stores]
+        locations = [pages[at // page_size] * page_size + at % page_size for pages, at in stored]
+        vectors = (
+            np.concatenate([item.tokens for item in items]),
+            np.concatenate(positions),
+            np.concatenate([np.empty(0, dtype=np.int64), *locations]),
+        )
+        device_vectors = vectors_to_device([*vectors, *(item.pages for item in items)], self._device)
+        tokens_T, positions_T, locations_T, *tables = device_vectors
+        segments: list[Segment] = []
         row = 0
-        for item in items:
-            stop = row + item.tokens.size
-            pages = torch.from_numpy(item.pages).to(self._device)
+        for item, pages in zip(items, tables, strict=True):
             masked = None if item.candidates is None else tuple(item.candidates.tolist())
             about = (item.slot, item.step, item.sparse, item.unmasked, masked)
-            segments.append(Segment(item.mode, row, stop, item.start, pages, *about))
-            if item.mode.stores:
-                positions = np.arange(item.start, item.start + item.tokens.size)
-                locations.append(item.pages[positions // page_size] * page_size + positions % page_size)
-            row = stop
-        positions_T = np.concatenate([np.arange(i.start, i.start + i.tokens.size) for i in items])
-        return ForwardBatch(
-            tokens_T=torch.from_numpy(np.concatenate([i.tokens for i in items])).to(self._device),
-            positions_T=torch.from_numpy(positions_T).to(self._device),
-            segments=tuple(segments),
-            locations=torch.from_numpy(np.concatenate(locations)).to(self._device),
-            block_length=self.model.config.block_length,
-        )
+            segments.append(Segment(item.mode, row, row + item.tokens.size, item.start, pages, *about))
+            row += item.tokens.size
+        return ForwardBatch(tokens_T, positions_T, tuple(segments), locations_T, self.model.config.block_length)
 
 
 def _cost(report: SegmentReport) -> SegmentCost:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from losa_runtime.cache.transfer import queued, to_device, vectors_to_device
 from losa_runtime.core.batch import ForwardMode
 from losa_runtime.core.request import Alternatives
 from losa_runtime.core.work import BlockResult, RowContext, WorkItem, nothing
@@ -126,13 +127,12 @@ class Unmasker:
     ) -> Sampled:
         device = logits_RV.device
         contexts = [_context(item) for item in items]
-        repeat = torch.tensor(sizes, device=device)
 
         def per_row(values: Sequence[float | int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device).repeat_interleave(repeat)
+            return to_device(np.repeat(values, sizes), dtype, device)
 
-        position_R = torch.from_numpy(np.concatenate([_offsets(item.candidates) + item.start for item in items])).to(
-            device
+        position_R = queued(
+            torch.from_numpy(np.concatenate([_offsets(item.candidates) + item.start for item in items])), device
         )
         seed_R = per_row([c.seed for c in contexts], torch.int64)
         step_R = per_row([item.step for item in items], torch.int64)
@@ -184,14 +184,17 @@ class Unmasker:
         device = sampled.token_R.device
         decoding = [item.decoding for item in items]
         offsets = np.concatenate([_offsets(item.candidates) for item in items])
+        steps, planned = [item.step for item in items], [d.num_steps for d in decoding if d is not None]
+        about = vectors_to_device([offsets, np.cumsum([0, *sizes]), steps, planned], device)
+        offset_R, indptr_S, step_index_S, num_steps_S = about
         candidates = Candidates(
             token_R=sampled.token_R,
             confidence_R=sampled.confidence_R,
-            offset_R=torch.from_numpy(offsets).to(device),
-            indptr_S=torch.from_numpy(np.cumsum([0, *sizes])).to(device),
-            step_index_S=torch.tensor([item.step for item in items], device=device),
-            num_steps_S=torch.tensor([d.num_steps for d in decoding if d is not None], device=device),
-            threshold_S=torch.tensor([d.threshold for d in decoding if d is not None], device=device),
+            offset_R=offset_R,
+            indptr_S=indptr_S,
+            step_index_S=step_index_S,
+            num_steps_S=num_steps_S,
+            threshold_S=to_device([d.threshold for d in decoding if d is not None], torch.float32, device),
             block_length=self.block_length,
             entropy_R=sampled.entropy_R,
         )

@@ -21,8 +21,8 @@ from losa_runtime.sparse.density import SegmentReport
 from losa_runtime.sparse.memory import Geometry
 from losa_runtime.sparse.method import make_methods, method_class
 
-CPU = torch.device("cpu")
-BACKEND = "torch"  # what the next stage computes with; the suite runs once per backend (conftest.py)
+DEVICE = torch.device("cpu")  # where the next stage computes; tests/gpu runs the suite on another
+BACKEND = "torch"  # what it computes with; the suite runs once per backend (conftest.py)
 
 
 class Sizes(NamedTuple):
@@ -85,18 +85,24 @@ class Stage:
         rows: Rows = random_rows,
         seed: int = 0,
         summaries: frozenset[Summary] = frozenset(Summary),
+        backend: type[AttentionBackend] | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        """backend, device: others than those of the suite, without asking whether the one serves the other."""
         self.sizes = s = sizes or Sizes()
         self.rows = rows
-        self.pool = KVPool(s.layers, s.pages, s.kv_heads, s.page, s.dim, dtype, CPU, summaries)
+        self.device = at = DEVICE if device is None else device
+        self.pool = KVPool(s.layers, s.pages, s.kv_heads, s.page, s.dim, dtype, at, summaries)
         for layer in range(s.layers):
             for tensor in (self.pool.k(layer), self.pool.v(layer)):
                 tensor.fill_(torch.nan)
             for kind in self.pool.summaries:
                 self.pool.summary(layer, kind).fill_(torch.nan)
-        config = BackendConfig(CPU, torch.float32, dtype, s.heads, s.kv_heads, s.dim, s.page, s.block)
-        self.backend: AttentionBackend = make_backend(BACKEND, config, self.pool)
-        self.geometry = Geometry(s.layers, s.heads, s.kv_heads, s.dim, s.block, s.page, s.slots, s.pages * s.page, CPU)
+        config = BackendConfig(at, torch.float32, dtype, s.heads, s.kv_heads, s.dim, s.page, s.block)
+        self.backend: AttentionBackend = (
+            make_backend(BACKEND, config, self.pool) if backend is None else backend(self.pool, s.heads)
+        )
+        self.geometry = Geometry(s.layers, s.heads, s.kv_heads, s.dim, s.block, s.page, s.slots, s.pages * s.page, at)
         self.methods = make_methods(self.geometry)
         self._free = torch.randperm(s.pages, generator=torch.Generator().manual_seed(seed)).tolist()
         self.tables: dict[str, list[int]] = {}
@@ -106,7 +112,7 @@ class Stage:
         table = self.tables.setdefault(name, [])
         while len(table) * self.sizes.page < tokens:
             table.append(self._free.pop())
-        return torch.tensor(table, dtype=torch.int64)
+        return torch.tensor(table, dtype=torch.int64, device=self.device)
 
     def drop(self, name: str) -> None:
         """Give the pages back; the next request takes them first, dirty as they are."""
@@ -114,6 +120,15 @@ class Stage:
 
     def forward(self, *items: Item) -> list[Result]:
         """Run the items (stores first) in one batch."""
+        attend, segments = self.begin(*items)
+        outs = [attend(layer, *self.inputs(items, layer)) for layer in range(self.sizes.layers)]
+        blocks = [segment for segment in segments if not segment.mode.stores]
+        reports = {s.start: report for s, report in zip(blocks, attend.report(), strict=True)}
+        assert all(report.segment.start == start for start, report in reports.items())
+        return [Result(tuple(o[s.start : s.stop].clone() for o in outs), reports.get(s.start)) for s in segments]
+
+    def begin(self, *items: Item) -> tuple[SparseAttend, tuple[Segment, ...]]:
+        """The attention of one batch before its first layer, and its segments."""
         segments, locations, row = [], [], 0
         for item in items:
             pages = self.table(item.name, item.start + (item.count if item.mode.stores else 0))
@@ -121,19 +136,13 @@ class Stage:
             about = (item.slot, item.step, item.sparse, item.unmasked)
             segments.append(Segment(item.mode, row, stop, item.start, pages, *about))
             if item.mode.stores:
-                at = torch.arange(item.start, item.start + item.count)
+                at = torch.arange(item.start, item.start + item.count, device=self.device)
                 locations.append(pages[at // self.sizes.page] * self.sizes.page + at % self.sizes.page)
             row = stop
-        empty = torch.zeros(row, dtype=torch.int64)
+        empty = torch.zeros(row, dtype=torch.int64, device=self.device)
         where = torch.cat(locations) if locations else empty[:0]
-        attend = SparseAttend(
-            self.backend, self.methods, ForwardBatch(empty, empty, tuple(segments), where, self.sizes.block)
-        )
-        outs = [attend(layer, *self._inputs(items, layer)) for layer in range(self.sizes.layers)]
-        blocks = [segment for segment in segments if not segment.mode.stores]
-        reports = {s.start: report for s, report in zip(blocks, attend.report(), strict=True)}
-        assert all(report.segment.start == start for start, report in reports.items())
-        return [Result(tuple(o[s.start : s.stop].clone() for o in outs), reports.get(s.start)) for s in segments]
+        batch = ForwardBatch(empty, empty, tuple(segments), where, self.sizes.block)
+        return SparseAttend(self.backend, self.methods, batch), batch.segments
 
     def prefill(self, name: str, tokens: int, start: int = 0) -> None:
         """Store the prompt in one go."""
@@ -156,14 +165,15 @@ class Stage:
         )
         return [self.forward(item)[0] for item in items]
 
-    def _inputs(self, items: tuple[Item, ...], layer: int) -> list[Tensor]:
+    def inputs(self, items: Sequence[Item], layer: int) -> list[Tensor]:
+        """q [T, H, D], k, v [T, G, D] of a layer."""
         length = self.sizes.block
         parts = [
             self.rows(self.sizes, item.name, (item.start + at) // length, item.step, layer)
             for item in items
             for at in range(0, item.count, length)
         ]
-        return [torch.cat(kind) for kind in zip(*parts, strict=True)]
+        return [torch.cat(kind).to(self.device) for kind in zip(*parts, strict=True)]
 
 
 def denoise_item(

@@ -18,10 +18,10 @@ PINS := $(if $(CUDA),build/constraints-cuda.txt,$(CONSTRAINTS))
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(PINS) $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels demo serve test test-slow soak check fmt constraints clean
+.PHONY: help setup kernels demo serve test test-slow frontend-matrix soak check fmt constraints clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 setup: $(STAMP) $(LIBRARY) ## build .venv with pinned versions and CPU torch (CUDA=1: with the CUDA extra), and the kernels
 
@@ -68,6 +68,9 @@ test: setup ## the tests
 
 test-slow: setup ## longer property runs, sanitizers and real-client suites
 	$(BIN)/python -m pytest -m slow
+
+frontend-matrix: setup ## the suite for SGLang's frontend with several of its releases (builds them, minutes)
+	$(BIN)/python -m tests.frontend.matrix
 
 soak: setup ## long drills
 	@$(BIN)/python -m pytest -m soak || { code=$$?; test $$code -eq 5 && echo 'There are no soak drills yet.' || exit $$code; }

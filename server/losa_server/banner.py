@@ -69,7 +69,7 @@ def _model(info: Facts) -> str:
 
 def _device(info: Facts) -> str:
     backend = " ".join(str(info[name]) for name in ("attention_backend", "attention_detail") if info.get(name))
-    return _join({**info, "backend": backend or None}, ("{}", "device"), ("{}", "backend"), ("{} threads", "threads"))
+    return _join({**info, "backend": backend or None}, ("{}", "device"), ("{}", "backend"), ("threads: {}", "threads"))
 
 
 def _pool(info: Facts) -> str:

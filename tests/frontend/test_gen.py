@@ -60,13 +60,19 @@ def test_the_first_of_several_stops_wins() -> None:
 
 
 def test_a_stop_string_across_a_block_border() -> None:
-    question = max(questions("multi_value"), key=lambda q: len(q.answer))
-    whole, _ = answer(question)
-    border = whole[13:17]  # the answer opens a block of 16 somewhere inside: one of these pairs lies on its end
-    for i in range(len(border) - 1):
-        text, meta = answer(question, stop=whole[13 + i : 15 + i])
-        assert text == whole[: whole.index(whole[13 + i : 15 + i])]
-        assert meta["finish_reason"]["type"] == "stop"
+    tried = 0
+    for question in (*questions("multi_value"), *questions("multi_query")):
+        whole, meta = answer(question, return_logprob=True, return_text_in_logprobs=True)
+        pieces = [piece for _, _, piece in meta["output_token_logprobs"]]
+        border = 16 - meta["prompt_tokens"] % 16  # tokens of the answer in the block that the prompt has begun
+        stop = "".join(pieces[border - 1 : border + 1])
+        before = "".join(pieces[: border - 1])
+        if len(stop) < 2 or border < 2 or whole.find(stop) != len(before):
+            continue
+        tried += 1
+        text, meta = answer(question, stop=stop)
+        assert (text, meta["finish_reason"]) == (before, {"type": "stop", "matched": stop})
+    assert tried
 
 
 def test_stop_token_ids(url: str) -> None:
@@ -108,6 +114,17 @@ def test_logprobs_of_the_output() -> None:
     assert len(entries) == meta["completion_tokens"]
     assert "".join(piece for _, _, piece in entries[:4]) == text == CODE
     assert all(-0.1 < value < 0 for value, _, _ in entries)  # the model is sure, and no value is exactly 0
+
+
+def test_logprobs_of_other_tokens() -> None:
+    _, meta = answer(return_logprob=True, top_logprobs_num=2)
+    for (value, token, _), others in zip(meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True):
+        assert [token, value] == [
+            others[0][1],
+            pytest.approx(others[0][0], abs=1e-3),
+        ]  # greedy: the likeliest was taken
+        assert others[1][0] < others[0][0]
+        assert len(others) == 2
 
 
 def test_logprobs_of_the_prompt() -> None:

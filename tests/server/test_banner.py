@@ -31,7 +31,7 @@ def test_the_table_tells_everything() -> None:
     text = shown(show_start, FACTS, 1.25)
     for part in (
         "9.9: loaded in 1.2 s", "/models/[odd] name", "SDARForCausalLM, 3.2 M parameters, bfloat16, 8.0 MiB",
-        "context 32,768, blocks of 16", "cpu, NativeBackend avx512, 7 threads",
+        "context 32,768, blocks of 16", "cpu, NativeBackend avx512, threads: 7",
         "65,536 tokens, pages of 16, float16, 64.0 MiB, and 32.0 MiB for the states of methods",
         "31 running, 1,023 waiting, 2,048 prompt tokens per round, lpm, prefix cache off", "losa, budget 512 tokens",
         "dense, losa", "low_confidence_static, threshold 0.75, 8 planned steps per block",

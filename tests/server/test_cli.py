@@ -18,7 +18,7 @@ SERVE = ["serve", "--model-path", "m"]
     [
         ([*SERVE, "--max-model-len", "5"], "--max-model-len (here: --context-length)"),
         ([*SERVE, "--gpu-memory-utilization=0.5"], "--gpu-memory-utilization (here: --mem-fraction-static)"),
-        ([*SERVE, "--enforce-eager"], "not needed: there are no CUDA graphs"),
+        ([*SERVE, "--enforce-eager"], "--enforce-eager (not an option here)"),
         ([*SERVE, "--tokn-budget", "5"], "--tokn-budget (did you mean --token-budget?)"),
         ([*SERVE, "--max-running-request", "5"], "(did you mean --max-running-requests?)"),
         ([*SERVE, "--zzz"], "unknown argument --zzz"),

@@ -119,6 +119,18 @@ def test_select_scores_only_the_choice(endpoint: Any, server: AppServer) -> None
     assert ["".join(text for _, _, text in option) for option in entries] == [" red fox", " blue"]
 
 
+def test_a_key(bundled: str) -> None:
+    with AppServer(bundled, api_key="open-sesame") as server:
+        with pytest.raises(Exception, match="401"):
+            sgl.RuntimeEndpoint(server.url)
+        backend = sgl.RuntimeEndpoint(server.url, api_key="open-sesame")
+        assert completion.run("the red fox", backend=backend)["answer"].startswith("the red fox")
+        assert "".join(completion.run("the red fox", backend=backend, stream=True).text_iter("answer")).startswith(
+            "the"
+        )
+        assert backend.get_server_info()["internal_states"]
+
+
 def test_an_error_reaches_the_program(endpoint: Any) -> None:
     @sgl.function
     def program(s: Any) -> None:

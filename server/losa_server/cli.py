@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. 2: the command line or the settings are wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser, subparsers = make_parser()
-    if words and not words[0].startswith("-") and words[0] not in subparsers:
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    if not words[0].startswith("-") and words[0] not in subparsers:
         near = hint(words[0], subparsers)
         parser.error(f"there is no command {words[0]}{near}; there are: {', '.join(subparsers)}")
     args, unknown = parser.parse_known_args(words)

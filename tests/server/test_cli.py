@@ -55,6 +55,12 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: losa" in capsys.readouterr().out
 
 
+def test_nothing_is_answered_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert losa([]) == 2
+    shown = capsys.readouterr().err
+    assert all(command in shown for command in ("serve", "generate", "chat", "bench", "env", "make-checkpoint"))
+
+
 def test_help_is_grouped_and_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         losa(["serve", "--help"])

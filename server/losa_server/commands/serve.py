@@ -23,8 +23,8 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage="losa serve --model-path PATH [options]",
         help="start the server",
-        description="Serve a block-diffusion language model over HTTP: SGLang's native API, for its frontend language "
-        "and any HTTP client.",
+        description="Serve a block-diffusion language model over HTTP: SGLang's native API, for its frontend language, "
+        "and OpenAI's, for everybody else.",
     )
     add_settings(parser, ServerSettings, EngineConfig)
     parser.set_defaults(run=run)

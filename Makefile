@@ -18,7 +18,7 @@ PINS := $(if $(CUDA),build/constraints-cuda.txt,$(CONSTRAINTS))
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(PINS) $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels demo serve test test-slow frontend-matrix soak check fmt constraints clean
+.PHONY: help setup kernels demo serve test test-slow frontend-matrix soak bench-gpu check fmt constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -74,6 +74,9 @@ frontend-matrix: setup ## the suite for SGLang's frontend with several of its re
 
 soak: setup ## long drills
 	@$(BIN)/python -m pytest -m soak || { code=$$?; test $$code -eq 5 && echo 'There are no soak drills yet.' || exit $$code; }
+
+bench-gpu: setup ## measure attention and whole decode steps on a GPU, ten minutes at most (CUDA=1)
+	$(BIN)/python -m benchmarks.gpu
 
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .

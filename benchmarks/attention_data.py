@@ -52,8 +52,10 @@ class Choice(NamedTuple):
 
     def pages(self, q_RHD: Tensor) -> Tensor:
         """Selected pages, bool [R, G, P]."""
-        scores = share_scores(page_scores(q_RHD, self.bounds_PG2D), self.bounds_PG2D.shape[1])
-        return top_pages(scores, torch.full((q_RHD.shape[0],), min(self.best, self.bounds_PG2D.shape[0])))
+        device = self.bounds_PG2D.device
+        scores = share_scores(page_scores(q_RHD.to(device), self.bounds_PG2D), self.bounds_PG2D.shape[1])
+        best = torch.full((q_RHD.shape[0],), min(self.best, self.bounds_PG2D.shape[0]), device=device)
+        return top_pages(scores, best)
 
     def growth_GR(self, q_RHD: Tensor) -> Tensor:
         """Pages in the union of the first 1, 2, ... R rows, per KV head."""
@@ -62,8 +64,9 @@ class Choice(NamedTuple):
 
 def keys(count: int, kv_heads: int, dim: int, span: int, generator: torch.Generator) -> Tensor:
     """Keys [count, G, D] that resemble their neighbours: half of their variance is common to `span` positions."""
-    topics = torch.randn(-(-count // span), kv_heads, dim, generator=generator)
-    own = torch.randn(count, kv_heads, dim, generator=generator)
+    device = generator.device
+    topics = torch.randn(-(-count // span), kv_heads, dim, generator=generator, device=device)
+    own = torch.randn(count, kv_heads, dim, generator=generator, device=device)
     return own.add_(topics.repeat_interleave(span, dim=0)[:count]).mul_(0.5**0.5)
 
 

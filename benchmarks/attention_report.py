@@ -32,17 +32,17 @@ def say_ceiling(console: Console, ceiling: Ceiling, queries: dict[str, Any]) -> 
         )
 
 
-def say_times(console: Console, chosen: Sequence[Variant], samples: Samples, ceiling: Ceiling) -> None:
-    """A table of times, and one of their parts."""
-    columns = ("variant", "ms", "best", "spread", "x sdpa", "least ms", "of ceiling", "prefix read")
+def say_times(console: Console, chosen: Sequence[Variant], samples: Samples, ceiling: Ceiling, base: str) -> None:
+    """A table of times, and one of their parts. base: see `variants`."""
+    columns = ("variant", "ms", "best", "spread", f"x {base}", "least ms", "of ceiling", "prefix read")
     times = Table(*columns, title="median times; least: from bytes, FLOPs and the ceiling")
     middle = {name: _middle(each) for name, each in samples.items()}
     names = list(dict.fromkeys(part for each in samples.values() for part in each[-1].parts))
     parts = Table("variant", *names, title="parts, ms (in brackets: least over measured)")
     for variant in chosen:
-        name, each, base = variant.name, samples[variant.name], _base(variant)
+        name, each, yardstick = variant.name, samples[variant.name], _base(variant, base)
         floor = _floor(each[-1], ceiling)
-        ratio = f"{middle[base] / middle[name]:.2f}" if base in middle else "-"
+        ratio = f"{middle[yardstick] / middle[name]:.2f}" if yardstick in middle else "-"
         figures = (f"{1e3 * middle[name]:.2f}", f"{1e3 * _best(each):.2f}", f"{_spread(each):.0%}", ratio)
         density = f"{each[-1].density:.1%}"
         times.add_row(name, *figures, f"{1e3 * floor:.2f}", f"{floor / middle[name]:.0%}", density)
@@ -51,34 +51,38 @@ def say_times(console: Console, chosen: Sequence[Variant], samples: Samples, cei
     console.print(parts)
 
 
-def figures(chosen: Sequence[Variant], samples: Samples, ceiling: Ceiling) -> dict[str, Any]:
-    """Everything that was measured, for JSON."""
+def figures(chosen: Sequence[Variant], samples: Samples, ceiling: Ceiling, base: str) -> dict[str, Any]:
+    """Everything that was measured, for JSON. base: see `variants`. Parts are those of the paper's breakdown: change is
+    its selection by locality, selection its estimation of criticality; then attention and merge."""
     middle = {name: _middle(each) for name, each in samples.items()}
     best = {name: _best(each) for name, each in samples.items()}
     least = {name: _floor(each[-1], ceiling) for name, each in samples.items()}
     return {
-        "ratios": ratios(chosen, middle),
-        "ratios_best": ratios(chosen, best),
+        "ratios": ratios(chosen, middle, base),
+        "ratios_best": ratios(chosen, best, base),
         "ceiling_share": _shares(samples, ceiling),
         "ms": _milliseconds(middle),
         "ms_best": _milliseconds(best),
         "ms_least": _milliseconds(least),
+        "ms_host": _milliseconds({name: median(s.host for s in each) for name, each in samples.items()}),
+        "ms_parts": {name: _parts(each) for name, each in samples.items()},
+        "MB": {name: round(sum(n.bytes for n in each[-1].needs.values()) / 1e6, 2) for name, each in samples.items()},
         "spread": {name: round(_spread(each), 3) for name, each in samples.items()},
         "prefix_read": {name: round(each[-1].density, 4) for name, each in samples.items()},
-        "block_ceiling": _block_ceiling(middle),
+        "block_ceiling": _block_ceiling(middle, base),
         "read_MB_s": round(ceiling.read / 1e6),
         "gemm_GFLOP_s": {rows: round(rate / 1e9, 1) for rows, rate in ceiling.gemm.items()},
         "load": round(os.getloadavg()[0], 1),
     }
 
 
-def ratios(chosen: Sequence[Variant], seconds: dict[str, float]) -> dict[str, float]:
-    """How many times faster than torch each variant is, than quest, and how well requests share a call."""
+def ratios(chosen: Sequence[Variant], seconds: dict[str, float], base: str = "sdpa") -> dict[str, float]:
+    """How many times faster than the yardstick each variant is, than quest, and how well requests share a call."""
     found: dict[str, float] = {}
     for variant in chosen:
-        name, base = variant.name, _base(variant)
-        if variant.method is not None and base in seconds:
-            found[f"{'dense' if name == 'dense_step' else name}_vs_sdpa"] = seconds[base] / seconds[name]
+        name, yardstick = variant.name, _base(variant, base)
+        if name != yardstick and yardstick in seconds:
+            found[f"{'dense' if name == 'dense_step' else name}_vs_{base}"] = seconds[yardstick] / seconds[name]
         quest = name.replace(variant.method or "", "quest", 1)
         if variant.method not in (None, "dense", "quest") and variant.work is Work.STEP and quest in seconds:
             found[f"{name}_vs_quest"] = seconds[quest] / seconds[name]
@@ -107,9 +111,15 @@ def _spread(samples: list[Sample]) -> float:
     return (high - low) / middle
 
 
-def _base(variant: Variant) -> str:
+def _base(variant: Variant, base: str) -> str:
+    """The name of what a variant is compared with."""
     kind = "step" if variant.work is Work.STEP else "block"
-    return f"sdpa_{kind}" if variant.requests is None else f"sdpa_{kind}_single"
+    return f"{base}_{kind}" if variant.requests is None else f"{base}_{kind}_single"
+
+
+def _parts(samples: list[Sample]) -> dict[str, float]:
+    names = dict.fromkeys(part for sample in samples for part in sample.parts)
+    return _milliseconds({part: median(sample.parts.get(part, 0.0) for sample in samples) for part in names})
 
 
 def _floor(sample: Sample, ceiling: Ceiling) -> float:
@@ -134,10 +144,10 @@ def _shares(samples: Samples, ceiling: Ceiling) -> dict[str, float]:
     return shares
 
 
-def _block_ceiling(seconds: dict[str, float]) -> float | None:
+def _block_ceiling(seconds: dict[str, float], base: str) -> float | None:
     """What a block of 16 steps and the commit can gain at most: two dense passes, commit and opening step, and later
     steps as fast as measured, against 17 dense passes.
     """
-    if not {"sdpa_step", "losa_step"} <= seconds.keys():
+    if not {f"{base}_step", "losa_step"} <= seconds.keys():
         return None
-    return round(17 / (2 + 15 * seconds["losa_step"] / seconds["sdpa_step"]), 2)
+    return round(17 / (2 + 15 * seconds["losa_step"] / seconds[f"{base}_step"]), 2)

@@ -30,7 +30,8 @@ class Work(Enum):
 
 @dataclass(frozen=True)
 class Variant:
-    """method: None = torch's attention. queries: name of the query set. requests: how many, None = all of `batch`."""
+    """method: None = torch's attention. queries: name of the query set. requests: how many, None = all of `batch`.
+    backend: None = the usual one."""
 
     name: str
     method: str | None
@@ -39,6 +40,7 @@ class Variant:
     requests: int | None = None
     batch: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    backend: str | None = None
 
 
 class Need(NamedTuple):
@@ -57,24 +59,29 @@ class Need(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One measurement: seconds in all and by part, least work by part, share of the prefix read per KV head."""
+    """One measurement: seconds in all and by part, least work by part, share of the prefix read per KV head. host:
+    seconds until the host had asked for all of it."""
 
     seconds: float
     parts: dict[str, float]
     needs: dict[str, Need]
     density: float
+    host: float
 
 
-def variants(sets: Sequence[str], batch: int) -> list[Variant]:
-    """The table. sets: the query sets, the one that counts first; it is also that of the blocks."""
+def variants(sets: Sequence[str], batch: int, base: str = "sdpa") -> list[Variant]:
+    """The table. sets: the query sets, the one that counts first; it is also that of the blocks. base: what all is
+    compared with: torch's attention, another backend's dense one, or, called "dense", that of the usual backend."""
+    yardstick: dict[str, dict[str, Any]] = {"sdpa": {"method": None}, "dense": {}}
+    about = yardstick.get(base, {"method": "dense", "backend": base})
     table = [
-        Variant("sdpa_step", None),
+        *([Variant(f"{base}_step", **about)] if about else []),
         Variant("dense_step", "dense"),
         Variant("mage_step", "mage"),
         *(Variant(_on("quest_step", each, sets), "quest", queries=each) for each in sets),
         *(Variant(_on("losa_step", each, sets), "losa", queries=each) for each in sets),
         *(Variant(_on("losa_plus_step", each, sets), "losa_plus", queries=each) for each in sets),
-        Variant("sdpa_block", None, Work.BLOCK),
+        *([Variant(f"{base}_block", work=Work.BLOCK, **about)] if about else []),
         Variant("dense_block", "dense", Work.BLOCK),
         Variant("losa_block", "losa", Work.BLOCK),
         Variant("losa_block_unfused", "losa", Work.UNFUSED),
@@ -118,7 +125,7 @@ class Runner:
             seconds.append(self._world.sdpa(self._queries[0]))  # the commit
         total = sum(seconds)
         need = dense_need(setting, self._requests * len(seconds))
-        return Sample(total, {"attention": total}, {"attention": need}, 1.0)
+        return Sample(total, {"attention": total}, {"attention": need}, 1.0, total)
 
     def _block(self) -> Iterable[tuple[int, Forward]]:
         """Forwards of a block, with the blocks stored in each. It begins behind the one that is committed."""
@@ -135,7 +142,7 @@ class Runner:
     def _forward(self, modes: tuple[ForwardMode, ...], start: int, step: int) -> Forward:
         assert self._params is not None
         rows = torch.cat([self._queries[step]] * len(modes))
-        return self._world.forward(rows, modes, start, self._slot, step, self._params)
+        return self._world.forward(rows, modes, start, self._slot, step, self._params, self._variant.backend)
 
     def _sum(self, forwards: list[tuple[int, Forward]]) -> Sample:
         setting, parts = self._world.setting, dict[str, float]()
@@ -149,7 +156,8 @@ class Runner:
         attention = _add([stored, *(_attention(setting, report) for report in reports)])
         selection = _add([_selection(setting, report) for report in reports])
         needs = {"attention": attention, "selection": selection, "block+merge": _finish(setting, len(reports))}
-        return Sample(seconds, parts, needs, sum(r.kv_density for r in reports) / len(reports))
+        host = sum(forward.host for _, forward in forwards)
+        return Sample(seconds, parts, needs, sum(r.kv_density for r in reports) / len(reports), host)
 
 
 def dense_need(setting: Setting, passes: int) -> Need:

@@ -10,15 +10,15 @@ N prefix positions, B block length, G KV heads, H query heads, D head dim, T den
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import attention_data as data
+from benchmarks.attention_clock import clock_for
 from losa_runtime.attention.backend import AttentionBackend, BackendConfig, make_backend
 from losa_runtime.cache import host_memory
 from losa_runtime.cache.kv_pool import KVPool, Summary
@@ -45,7 +45,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured."""
+    """What is measured. backends: those that variants may name, the usual one first."""
 
     context: int
     batch: int
@@ -58,7 +58,7 @@ class Setting:
     active: int
     dtype: torch.dtype
     device: torch.device
-    backend: str
+    backends: tuple[str, ...]
     steps: int = 16
     seed: int = 0
 
@@ -69,58 +69,42 @@ class Setting:
 
 
 class Forward(NamedTuple):
-    """One call of the attention: its seconds, by part and in all. reports: what all layers read."""
+    """One call of the attention: its seconds, by part and in all; host: until the host had asked for all of it.
+    reports: what all layers read."""
 
     seconds: float
     parts: dict[str, float]
+    host: float
     reports: tuple[SegmentReport, ...]
-
-
-@dataclass
-class Clock:
-    """Seconds by part since `take`. Nested calls count for the outer part."""
-
-    now: dict[str, float] = field(default_factory=dict)
-    _inside: bool = False
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Time a part."""
-        if self._inside:
-            yield
-            return
-        self._inside, start = True, time.perf_counter()
-        yield
-        self._inside = False
-        self.now[name] = self.now.get(name, 0.0) + time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        """What was added up; begin again."""
-        taken, self.now = self.now, {}
-        return taken
 
 
 class World:
     """Requests with stored prefixes. Blocks begin at N, and at N + B where a finished block is committed first."""
 
-    def __init__(self, setting: Setting, slots: int) -> None:
+    def __init__(self, setting: Setting, slots: int, methods: Collection[str]) -> None:
         self.setting = s = setting
-        self._rng = torch.Generator().manual_seed(s.seed)
+        self._rng = torch.Generator(s.device).manual_seed(s.seed)
         room = -(-(s.context + 2 * s.block) // s.page)
-        self.pool = KVPool(LAYERS, s.batch * room, s.kv_heads, s.page, s.dim, s.dtype, s.device, declared_summaries())
-        config = BackendConfig(s.device, s.dtype, s.dtype, s.heads, s.kv_heads, s.dim, s.page, s.block)
-        self.backend: AttentionBackend = make_backend(s.backend, config, self.pool)
-        self.clock = Clock()
-        self._watch()
+        summaries = declared_summaries(methods) | {Summary.KEY_BOUNDS}
+        self.pool = KVPool(LAYERS, s.batch * room, s.kv_heads, s.page, s.dim, s.dtype, s.device, summaries)
+        # What a model gives: on a CPU it computes in float32 whatever the pages hold.
+        self._given = torch.float32 if s.device.type == "cpu" else s.dtype
+        config = BackendConfig(s.device, self._given, s.dtype, s.heads, s.kv_heads, s.dim, s.page, s.block)
+        self.clock = clock_for(s.device)
+        self._backends = {name: make_backend(name, config, self.pool) for name in s.backends}
+        for backend in self._backends.values():
+            self._watch(backend)
         geometry = Geometry(LAYERS, s.heads, s.kv_heads, s.dim, s.block, s.page, slots, room * s.page, s.device)
-        self.methods: dict[str, SparseMethod] = make_methods(geometry)
-        self._tables = torch.randperm(s.batch * room, generator=self._rng).view(s.batch, room)
+        self.methods: dict[str, SparseMethod] = make_methods(geometry, methods)
+        tables = torch.randperm(s.batch * room, generator=torch.Generator().manual_seed(s.seed))
+        self._tables = tables.view(s.batch, room).to(s.device)
         shape = (s.batch, s.kv_heads, s.context + s.block, s.dim)
-        self.contiguous = (host_memory.zeros(shape, s.dtype), host_memory.zeros(shape, s.dtype))
+        # Only torch's attention wants them, which is the yardstick on a CPU.
+        self.contiguous = tuple(host_memory.zeros(shape, s.dtype) for _ in range(2)) if s.device.type == "cpu" else ()
         for request in range(s.batch):
             self._fill(request)
         self._copy_layer()
-        self._block_kv = torch.randn(2, 2 * s.batch * s.block, s.kv_heads, s.dim, generator=self._rng)
+        self._block_kv = self._noise(2, 2 * s.batch * s.block, s.kv_heads, s.dim).to(self._given)
 
     @property
     def choice(self) -> data.Choice:
@@ -136,23 +120,27 @@ class World:
         return SparseParams(method, s.budget, rule, method_class(method).Options(**options), s.steps)
 
     def forward(
-        self, q_SBHD: Tensor, modes: tuple[ForwardMode, ...], start: int, slot: int, step: int, params: SparseParams
+        self,
+        q_SBHD: Tensor,
+        modes: tuple[ForwardMode, ...],
+        start: int,
+        slot: int,
+        step: int,
+        params: SparseParams,
+        backend: str | None = None,
     ) -> Forward:
         """One forward of the first requests: for each of `modes` a segment per request, stores first.
 
         q_SBHD: a block of queries per segment. start: first position of the block, or of the stored one where `modes`
-        has a commit. slot: the first request's.
+        has a commit. slot: the first request's. backend: None = the usual one.
         """
         batch = self._batch(q_SBHD.shape[0] // len(modes), modes, start, slot, step, params)
-        rows = q_SBHD.flatten(0, 1)
-        attend = SparseAttend(self.backend, self.methods, batch)
+        rows = q_SBHD.flatten(0, 1).to(self._given)
+        attend = SparseAttend(self._backends[backend or self.setting.backends[0]], self.methods, batch)
         k, v = (kind[: rows.shape[0]] for kind in self._block_kv)
         attend(0, rows, k, v)
-        self.clock.take()
-        began = time.perf_counter()
-        attend(1, rows, k, v)
-        seconds = time.perf_counter() - began
-        return Forward(seconds, self.clock.take(), attend.report())
+        timing = self.clock.measure(lambda: attend(1, rows, k, v))
+        return Forward(*timing, attend.report())
 
     def sdpa(self, q_SBHD: Tensor) -> float:
         """Seconds of torch's attention over contiguous K/V of prefix and block, grouped heads folded into rows."""
@@ -175,7 +163,7 @@ class World:
     ) -> ForwardBatch:
         s = self.setting
         segments: list[Segment] = []
-        locations = [torch.empty(0, dtype=torch.int64)]
+        locations = [torch.empty(0, dtype=torch.int64, device=s.device)]
         for mode in modes:
             begin = start + s.block if modes[0].stores and not mode.stores else start
             for request in range(requests):
@@ -184,11 +172,11 @@ class World:
                 segments.append(Segment(mode, row, row + s.block, begin, pages, *place))
                 if mode.stores:
                     locations.append(self._locations(request, begin, s.block))
-        empty = torch.zeros(len(segments) * s.block, dtype=torch.int64)
+        empty = torch.zeros(len(segments) * s.block, dtype=torch.int64, device=s.device)
         return ForwardBatch(empty, empty, tuple(segments), torch.cat(locations), s.block)
 
     def _locations(self, request: int, start: int, count: int) -> Tensor:
-        at = torch.arange(start, start + count)
+        at = torch.arange(start, start + count, device=self.setting.device)
         return self._tables[request][at // self.setting.page] * self.setting.page + at % self.setting.page
 
     def _fill(self, request: int) -> None:
@@ -198,9 +186,11 @@ class World:
         for start in range(0, length, 8192):
             count = min(8192, length - start)
             k = data.keys(count, s.kv_heads, s.dim, s.page, self._rng)
-            v = torch.randn(k.shape, generator=self._rng)
-            self.backend.store_kv(0, k, v, self._locations(request, start, count))
-            for kept, rows in zip(self.contiguous, (k, v), strict=True):
+            v = self._noise(*k.shape)
+            k, v = k.to(self._given), v.to(self._given)
+            first = next(iter(self._backends.values()))
+            first.store_kv(0, k, v, self._locations(request, start, count))
+            for kept, rows in zip(self.contiguous, (k, v), strict=False):
                 kept[request, :, start : start + count] = rows.transpose(0, 1)
 
     def _copy_layer(self) -> None:
@@ -209,9 +199,12 @@ class World:
         for kind in self.pool.summaries:
             self.pool.summary(1, kind).copy_(self.pool.summary(0, kind))
 
-    def _watch(self) -> None:
+    def _noise(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._rng, device=self.setting.device)
+
+    def _watch(self, backend: AttentionBackend) -> None:
         for name, part in PARTS.items():
-            setattr(self.backend, name, self._timed(getattr(self.backend, name), part))
+            setattr(backend, name, self._timed(getattr(backend, name), part))
 
     def _timed(self, call: Any, part: str) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:

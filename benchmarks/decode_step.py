@@ -33,7 +33,7 @@ from losa_runtime.models.presets import PRESETS
 from losa_runtime.sparse.method import METHODS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ASKED = ("preset", "context", "batch", "block", "steps", "blocks", "budget", "active", "dtype", "device", "backend")
+ASKED = ("preset", "layers", "context", "batch", "block", "blocks", "budget", "active", "device")
 READ_TRIES = 5
 
 
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"read {read / 1e9:,.0f} GB/s; weights that a step reads {world.weight_bytes / 1e9:.2f} GB")
     console.print(_table(found))
     row = {"read_GB_s": round(read / 1e9, 1), "methods": found} | {name: getattr(args, name) for name in ASKED}
+    row |= {"steps": setting.steps, "dtype": str(setting.dtype).removeprefix("torch."), "graphs": setting.graphs}
+    row["backend"] = type(world.runner.backend).__name__
     if args.output is not None:
         add_row(args.output, row | circumstances(device))
     print(json.dumps(row))
@@ -127,6 +129,7 @@ def _setting(args: argparse.Namespace, device: torch.device) -> Setting:
         dtype=DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")],
         device=device,
         methods=tuple(args.methods),
+        graphs=device.type == "cuda" and not args.disable_cuda_graph,
     )
 
 
@@ -146,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and pages (default: fp32 on a CPU, else bf16)")
     parser.add_argument("--backend", default="auto", help="attention backend")
+    parser.add_argument("--disable-cuda-graph", action="store_true", help="run every step eagerly")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also add the row, with machine, versions and commit, to this file")

@@ -23,6 +23,7 @@ from losa_runtime.core.decoding_params import DecodingParams
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.core.work import Round, RowContext, SegmentCost, WorkItem
 from losa_runtime.models.random_checkpoint import random_model
+from losa_runtime.runner.cuda_recorder import CudaRecorder
 from losa_runtime.runner.model_runner import ModelRunner
 from losa_runtime.runner.unmask import Unmasker
 from losa_runtime.sparse.memory import Geometry
@@ -33,7 +34,8 @@ NOBODY = np.empty(0, dtype=np.int32)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured. blocks: of each request and method, the first is for warming up. steps: of a block."""
+    """What is measured. blocks: of each request and method, the first is for warming up. steps: of a block. graphs:
+    whether later steps are recorded as CUDA graphs, where they can be."""
 
     preset: str
     overrides: dict[str, Any]
@@ -49,6 +51,7 @@ class Setting:
     device: torch.device
     backend: str
     methods: tuple[str, ...]
+    graphs: bool
     seed: int = 0
 
 
@@ -76,7 +79,8 @@ class World:
         self._fill()
         heads = (c.num_heads, c.num_kv_heads, c.head_dim)
         about = BackendConfig(s.device, s.dtype, s.dtype, *heads, s.page, s.block)
-        geometry = Geometry(c.num_layers, *heads, s.block, s.page, s.batch, room * s.page, s.device)
+        slots = s.batch + 1  # one is for the padding of recorded steps
+        geometry = Geometry(c.num_layers, *heads, s.block, s.page, slots, room * s.page, s.device)
         self.runner = ModelRunner(
             self.model,
             make_backend(s.backend, about, self.pool),
@@ -84,6 +88,8 @@ class World:
             Unmasker(self.model, c.mask_token_id, c.vocab_size, s.block),
             s.device,
         )
+        if s.graphs and self.runner.backend.recordable:
+            self.runner.record_steps(CudaRecorder(s.device), s.batch, s.batch)
         order = np.random.default_rng(s.seed).permutation(s.batch * room)
         self._tables = order.reshape(s.batch, room).astype(np.int64)
 

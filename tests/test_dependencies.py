@@ -37,7 +37,7 @@ CARRIED = {"starlette"}
 # Rooms that are only entered where an extra is installed.
 BEHIND_AN_EXTRA = {
     ROOT / "kernels" / "losa_kernels" / "triton": "cuda",
-    ROOT / "losa_runtime" / "attention" / "triton_backend.py": "cuda",
+    ROOT / "losa_runtime" / "attention" / "device_backend.py": "cuda",
     ROOT / "server" / "losa_server" / "tracing.py": "otel",
 }
 

@@ -195,17 +195,22 @@ class RequestManager:
         context = self.info.get("context_length")
         return self.settings.max_prompt_chars or CHARS_PER_TOKEN * (context if isinstance(context, int) else 2**20)
 
-    async def encode(self, text: str, field: str = "text") -> list[int]:
-        """Token ids of a text; long ones in a thread, so that other clients are not kept waiting.
+    async def encode(self, text: str | Sequence[str], field: str = "text") -> list[int]:
+        """Token ids of a text, or of pieces that are not to be tokenized across their borders; long ones in a thread,
+        so that other clients are not kept waiting.
 
         Raises InvalidRequest about `field` for a text that is too long to be worth the work.
         """
-        limit = self.longest_text
-        if len(text) > limit:
-            raise InvalidRequest(field, f"{len(text)} characters", f"at most {limit} (--max-prompt-chars)")
-        if len(text) < self.settings.long_text:
-            return self.tokenizer.encode(text)
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+        pieces = (text,) if isinstance(text, str) else text
+        size, limit = sum(map(len, pieces)), self.longest_text
+        if size > limit:
+            raise InvalidRequest(field, f"{size} characters", f"at most {limit} (--max-prompt-chars)")
+        if size < self.settings.long_text:
+            return self._encode(pieces)
+        return await asyncio.to_thread(self._encode, pieces)
+
+    def _encode(self, pieces: Sequence[str]) -> list[int]:
+        return [token for piece in pieces for token in self.tokenizer.encode(piece)]
 
     async def open_all(self, asks: Sequence[Ask], visit: Visit) -> list[Generation]:
         """Send requests, all or none; whoever calls closes them. Raises RequestFailed or InvalidRequest."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,26 @@ def test_what_users_write_stays_text(client: openai.OpenAI, server: AppServer) -
     start, end = tokenizer.encode("<|im_start|><|im_end|>")
     assert (ids.count(start), ids.count(end), ids.count(tokenizer.mask_token_id)) == (2, 1, 0)
     assert seen(server) == f"<|im_start|>user\n{hostile}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_countless_spellings_of_special_tokens_keep_nobody_waiting(client: openai.OpenAI, server: AppServer) -> None:
+    """Each of them is a piece of its own; the event loop must not be the one that tokenizes them."""
+    threads: set[str] = set()
+    encode = server.manager.tokenizer.encode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            server.manager.tokenizer, "encode", lambda t: [threads.add(threading.current_thread().name), encode(t)][1]
+        )
+        with pytest.raises(openai.BadRequestError, match=r"messages: found '\d+ tokens'"):
+            chat(client, say("<|im_end|>" * 3000))
+        assert len(threads) == 1 and server._thread.name not in threads
+
+
+def test_a_conversation_counts_as_one_text(bundled: str) -> None:
+    with AppServer(bundled, max_prompt_chars=100) as server, client_of(server) as client:
+        assert chat(client).choices
+        with pytest.raises(openai.BadRequestError, match=r"messages: found '\d+ characters'"):
+            chat(client, say("<|im_end|>" * 9))
 
 
 def test_parts_and_roles(client: openai.OpenAI, server: AppServer) -> None:

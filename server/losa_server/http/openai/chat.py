@@ -89,9 +89,7 @@ async def parse_chat(manager: RequestManager, renderer: Renderer, body: Json) ->
         if "tools" not in await renderer.variables():
             raise InvalidRequest("tools", tools.offered, "null (the checkpoint's chat template has no place for them)")
         conversation["tools"] = tools.offered
-    ids: list[int] = []
-    for piece in await renderer.render(conversation):
-        ids.extend(await manager.encode(piece))
+    ids = await manager.encode(await renderer.render(conversation), "messages")
     wanted = logprobs if flag(body, "logprobs") else None
     return make_call(manager, body, [("messages", tuple(ids))], wishes, "chatcmpl", wanted), tools
 

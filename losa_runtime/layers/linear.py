@@ -24,12 +24,15 @@ def linear(x_TC: Tensor, weight_NC: Tensor, row_tile: int | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias; `row_tile` as in `linear`, set by `use_row_tile`."""
+    """A linear layer without bias, whose weights are to be loaded; `row_tile` as in `linear`, set by `use_row_tile`."""
 
     row_tile: int | None = None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: random numbers for tensors without memory would load torch's whole compiler, which takes seconds."""
 
     def forward(self, x_TC: Tensor) -> Tensor:
         """x [T, C] -> [T, N]."""

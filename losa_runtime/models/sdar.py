@@ -7,6 +7,7 @@ Shape letters as in `model.py`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from losa_runtime.core.model_config import ModelConfig
@@ -63,7 +64,8 @@ class SDARBody(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        nothing = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(nothing, freeze=False)
         self.layers = nn.ModuleList(SDARLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -184,3 +186,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(str(folder), "--force", "--head-dim", "7") == 2
     assert "head_dim: found 7" in capsys.readouterr().err
     assert command(str(folder), "--force", "--max-shard-mib", "0") == 2
+
+
+def test_loading_and_running_needs_no_compiler(tiny_checkpoint: Path) -> None:
+    """torch loads its compiler, which takes seconds, for what one would not expect, e.g. random numbers on `meta`."""
+    code = (
+        "import sys; from losa_runtime import LLM, SamplingParams; llm = LLM(model=sys.argv[1], max_total_tokens=1024);"
+        "llm.generate([[70, 71, 72]], SamplingParams(max_new_tokens=4));"
+        "sys.exit(' '.join(m for m in sys.modules if m.startswith(('torch._inductor', 'torch._dynamo'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_checkpoint)], capture_output=True, text=True)
+    assert done.stderr.strip() == ""

@@ -134,7 +134,8 @@ class FlashInferAttention:
         """
         list_heads, granule = (self._kv_heads, self._page_size) if lists is None else (lists.heads, lists.granule)
         most = segments.longest if lists is None else lists.most
-        plan = self._listed_plan(segments, list_heads, granule, most)
+        slots = power_of_two(max(planned.most or (segments.block_length,)))
+        plan = self._listed_plan(segments.count, slots, list_heads, granule, most)
         share = self._heads // list_heads
         fill_entries(plan.entries, pages, segments, plan.splits, lists)
         folded = fold_queries(q_RHD, planned, list_heads, plan.slots, plan.splits, plan.room)
@@ -145,12 +146,10 @@ class FlashInferAttention:
         self._run(plan.wrapper, folded.view(flat), (k, v), out.view(flat), lse.view(-1, share))
         return merge_entries(out, lse, planned, segments.block_length)
 
-    def _listed_plan(self, segments: Segments, list_heads: int, granule: int, most: int) -> _ListedPlan:
+    def _listed_plan(self, segments: int, slots: int, list_heads: int, granule: int, most: int) -> _ListedPlan:
         """The plan for lists of this kind. Rounded up, so that there are few of them; none is ever dropped, since a
         captured graph may hold its tables."""
-        room = power_of_two(segments.count)
-        granules = power_of_two(-(-most // granule))
-        key = (room, segments.block_length, list_heads, granule, granules)
+        key = (power_of_two(segments), slots, list_heads, granule, power_of_two(-(-most // granule)))
         found = self._listed.get(key)
         if found is None:
             found = self._listed[key] = self._new_listed_plan(*key)

@@ -29,6 +29,7 @@ from losa_runtime.core.work import Ids, WorkItem
 from losa_runtime.models.model import BlockDiffusionModel
 from losa_runtime.sparse.attend import SparseAttend
 from losa_runtime.sparse.method import SparseMethod
+from losa_runtime.sparse.step import most_active
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +53,15 @@ class Recorder(Protocol):
 
 
 class Bucket(NamedTuple):
-    """The rounds that one recording serves. prefix, budget: most tokens of any segment."""
+    """The rounds that one recording serves. prefix, budget: most tokens of any segment; active: most rows of any that
+    are recomputed, where the method has a rule for it."""
 
     method: str
     options: BaseModel
     segments: int
     prefix: int
     budget: int
+    active: int
 
 
 class Replayed(NamedTuple):
@@ -132,15 +135,17 @@ class DenoiseGraphs:
             budgets = [method.budget(p, start) for p, start in zip(sparse, starts, strict=True)]
             if any(start <= budget for start, budget in zip(starts, budgets, strict=True)):
                 return None
-        unit = max(self._backend.pool.page_size, self._model.config.block_length)
+        block = self._model.config.block_length
+        active = max(most_active(p.active, block) for p in sparse) if method.has_active_rows else block
+        unit = max(self._backend.pool.page_size, block)
         prefix = unit * _power_of_two(-(-max(LEAST_PREFIX, *starts) // unit))
-        return Bucket(name, options, min(self.most, _power_of_two(len(items))), prefix, max(budgets))
+        return Bucket(name, options, min(self.most, _power_of_two(len(items))), prefix, max(budgets), active)
 
     def _record(self, bucket: Bucket) -> _Graph:
         """Made on padding alone: it runs, but reads and writes nothing that is anybody's."""
         began = time.perf_counter()
         pages = np.zeros(-(-bucket.prefix // self._backend.pool.page_size), dtype=np.int64)
-        bounds = [self._padding(bucket, pages, bucket.prefix, ActiveRule("ratio", 1.0))] * bucket.segments
+        bounds = [self._padding(bucket, pages, bucket.prefix, ActiveRule("count", bucket.active))] * bucket.segments
         batch = self._tensors(bounds)
         graph = _Graph(batch, SparseAttend(self._backend, self._methods, batch))
 

@@ -69,9 +69,7 @@ class DenoiseStep:
         counts = [_active_count(p.active, block) for p in self.params]
         self.slots_S, self.budget_S, self._count_S = vectors_to_device([self.slots, self.budgets, counts], device)
         self._tau_S = self.tensor([_active_share(p.active) for p in self.params], torch.float32)
-        self._most = tuple(
-            block if _active_share(p.active) else min(n, block) for p, n in zip(self.params, counts, strict=True)
-        )
+        self._most = tuple(most_active(p.active, block) for p in self.params)
         self.place_R = (self.slots_S[:, None] * block + torch.arange(block, device=device)).flatten()
         self._parts: dict[tuple[bool, ...], Part | None] = {}
         self._best: dict[int, PerSegment] = {}
@@ -136,6 +134,11 @@ class DenoiseStep:
         group = RowGroup.of([self.group.segments[i] for i in index], block, self._device)
         first = self.tensor([i * block for i in index], torch.int64)
         return Part(group, index, (first[:, None] + torch.arange(block, device=self._device)).flatten())
+
+
+def most_active(rule: ActiveRule, block_length: int) -> int:
+    """Bound on the rows of a block that a rule lets be recomputed."""
+    return block_length if _active_share(rule) else min(_active_count(rule, block_length), block_length)
 
 
 def _active_count(rule: ActiveRule, block_length: int) -> int:

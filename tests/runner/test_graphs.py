@@ -66,10 +66,11 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "LEAST_PREFIX", 64)
 
 
-def recorded(worlds: tuple[StepWorld, StepWorld]) -> list[tuple[str, int, int]]:
+def recorded(worlds: tuple[StepWorld, StepWorld]) -> list[tuple[str, int, int, int]]:
+    """Method, segments, prefix tokens and rows per segment of each recording."""
     found = worlds[0].runner.graphs
     assert found is not None
-    return [(bucket.method, bucket.segments, bucket.prefix) for bucket in found._graphs]
+    return [(bucket.method, bucket.segments, bucket.prefix, bucket.active) for bucket in found._graphs]
 
 
 def test_losa_with_other_requests_lengths_rules_and_budgets() -> None:
@@ -80,13 +81,13 @@ def test_losa_with_other_requests_lengths_rules_and_budgets() -> None:
     play(worlds, 1, [(0, small), (1, wide), (2, share)])
     play(worlds, 2, [(2, share), (0, wide), (1, small)])
     play(worlds, 3, [(1, share)])
-    play(worlds, 4, [(0, small), (2, wide), (1, small)])
-    assert recorded(worlds) == [("losa", 4, 64), ("losa", 1, 64)]
+    play(worlds, 4, [(0, share), (2, wide), (1, small)])
+    assert recorded(worlds) == [("losa", 4, 64, 4), ("losa", 1, 64, 4)]
     for world in worlds:
         world.grow(0, 8)
     play(worlds, 0, [(0, small)])
     play(worlds, 1, [(0, small), (1, wide)])
-    assert recorded(worlds)[2:] == [("losa", 2, 128)]
+    assert recorded(worlds)[2:] == [("losa", 2, 128, 2)]
     check_states(worlds)
 
 
@@ -98,7 +99,8 @@ def test_other_methods_and_options(about: SparseParams) -> None:
     play(worlds, 0, [(request, about) for request in range(3)])
     for step, requests in ((1, [0, 1, 2]), (2, [1, 2]), (3, [2, 0, 1])):
         play(worlds, step, [(request, about) for request in requests])
-    assert recorded(worlds) == [(about.method, 4, 64), (about.method, 2, 64)]
+    rows = 1 if about.method == "losa" else 4
+    assert recorded(worlds) == [(about.method, 4, 64, rows), (about.method, 2, 64, rows)]
     check_states(worlds)
 
 
@@ -132,6 +134,15 @@ def test_an_input_that_is_not_written_anew_shows(left_out: str, monkeypatch: pyt
     play(worlds, 0, asked)
     with pytest.raises(AssertionError):
         play_twice(worlds, asked)
+
+
+def test_steps_in_which_no_row_is_recomputed() -> None:
+    worlds = pair()
+    none = params("losa", 8, ActiveRule("count", 0))
+    for step in range(3):
+        play(worlds, step, [(0, none), (1, none)])
+    assert recorded(worlds) == [("losa", 2, 64, 0)]
+    check_states(worlds)
 
 
 def refused(items: list[WorkItem]) -> bool:
@@ -215,4 +226,4 @@ def test_flashinfer_is_recorded_too(method: str, monkeypatch: pytest.MonkeyPatch
         got, want = (w.run([w.item(request, step, about) for request, about in asked]) for w in worlds)
         torch.testing.assert_close(got.hidden_RC, want.hidden_RC, rtol=2e-2, atol=2e-2)
         assert got.costs == want.costs
-    assert recorded(worlds) == [(method, 4, 64)]  # type: ignore[arg-type]
+    assert recorded(worlds) == [(method, 4, 64, 1 if method == "losa" else 4)]  # type: ignore[arg-type]

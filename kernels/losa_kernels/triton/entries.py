@@ -91,7 +91,7 @@ def merge_entries(out: Tensor, lse: Tensor, planned: Planned, block_length: int)
     """
     segments, list_heads, splits, slots, share, dim = check("out", out, (None,) * 6, *FLOATS).shape
     check("lse", lse, tuple(out.shape[:5]), torch.float32)
-    if planned.indptr.shape[0] - 1 > segments or slots < block_length:
+    if planned.indptr.shape[0] - 1 > segments or slots < max(planned.most or (block_length,)):
         raise ValueError(f"out: found {segments} segments, {slots} slots, allowed: at least as many as are planned")
     heads = list_heads * share
     state = torch.empty(planned.room, heads, dim, dtype=torch.float32, device=out.device)

@@ -17,6 +17,7 @@ from losa_runtime.chat_template import PLAIN_TEMPLATE
 from losa_runtime.core.errors import LosaError
 from losa_server.errors import ClientGone, RequestFailed, as_failure
 from losa_server.http import info, loads, metrics_route, native
+from losa_server.http.description import describe
 from losa_server.http.exchange import CLIENT_CLOSED_REQUEST, REQUEST_ID, Exchange, Told, log_exchange
 from losa_server.http.guard import Guard
 from losa_server.http.limits import Limits
@@ -49,11 +50,13 @@ def create_app(manager: RequestManager, keys: Keyring | None = None, tracer: Tra
     app.add_exception_handler(LosaError, _runtime_error)
     app.add_exception_handler(RequestValidationError, _bad_request)
     app.add_exception_handler(HTTPException, _http_error)
+    keys = Keyring.of(settings) if keys is None else keys
+    describe(app, with_keys=bool(keys))
     # The last one added is the outermost.
     app.add_middleware(Limits, settings=settings)
     app.add_middleware(
         Guard,
-        keys=Keyring.of(settings) if keys is None else keys,
+        keys=keys,
         local=settings.local,
         host=settings.host,
         origins=settings.allowed_origins,

@@ -1,0 +1,229 @@
+"""The planted bugs: what is changed in which file, and the test that must fail then.
+
+Each `old` stands exactly once in its file; a fast test keeps it so. Whoever changes such a line changes it here, too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+CACHE, SCHEDULER, SERVER = "losa_runtime/cache/", "losa_runtime/scheduler/", "server/losa_server/"
+PREFIX, SCHEDULING = "tests/cache/test_prefix_cache.py", "tests/scheduler/test_scheduler.py"
+
+
+class Mutant(NamedTuple):
+    """One bug. test: file, or file::test."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = (
+    Mutant(
+        "a prefix is matched inside a unit",
+        CACHE + "radix.py",
+        "return at - at % self.unit",
+        "return at - at % self.page_size if self.unit > self.page_size else at",
+        PREFIX,
+    ),
+    Mutant(
+        "locked leaves are evicted",
+        CACHE + "radix.py",
+        "return node.parent is not None and node.locks == 0 and not node.children",
+        "return node.parent is not None and not node.children",
+        PREFIX,
+    ),
+    Mutant(
+        "namespaces share a root",
+        CACHE + "radix.py",
+        "node, done = self._roots.get(namespace), 0",
+        "node, done = next(iter(self._roots.values()), None), 0",
+        PREFIX,
+    ),
+    Mutant(
+        "duplicates of shared pages are not freed",
+        CACHE + "prefix_cache.py",
+        "        self._free(duplicates)\n",
+        "",
+        PREFIX,
+    ),
+    Mutant(
+        "a lease that is closed keeps its pages",
+        CACHE + "prefix_cache.py",
+        "        self._free(lease.pages[lease.shared : lease.count].copy())\n",
+        "",
+        PREFIX,
+    ),
+    Mutant(
+        "the pool hands out a page twice",
+        CACHE + "page_pool.py",
+        "        self._count -= count\n",
+        "        self._count -= max(0, count - 1)\n",
+        PREFIX,
+    ),
+    Mutant(
+        "a retracted request goes on with the block it had",
+        SCHEDULER + "req.py",
+        "        self.block = self.opening = None\n        self.cost.retractions += 1\n",
+        "        self.opening = None\n        self.cost.retractions += 1\n",
+        SCHEDULING,
+    ),
+    Mutant(
+        "a retracted request goes to the end of the queue",
+        SCHEDULER + "scheduler.py",
+        "        self.waiting.appendleft(req)\n",
+        "        self.waiting.append(req)\n",
+        SCHEDULING,
+    ),
+    Mutant(
+        "a stop token does not wait for the masks before it",
+        SCHEDULER + "block.py",
+        "for offset in range(self.known, min(self.settled, self.limit)):",
+        "for offset in range(self.known, self.limit):",
+        SCHEDULING,
+    ),
+    Mutant(
+        "requests that arrive together all prefill their prefix",
+        SCHEDULER + "scheduler.py",
+        "        if not self.cache.reuse:\n            return False\n        end = req.prefill_target",
+        "        return False\n        end = req.prefill_target",
+        SCHEDULING,
+    ),
+    Mutant(
+        "the oldest gives way under pressure",
+        SCHEDULER + "scheduler.py",
+        "victim = max(",
+        "victim = min(",
+        SCHEDULING,
+    ),
+    Mutant(
+        "scoring takes all rows from others",
+        SCHEDULER + "scoring.py",
+        "rows = budget if alone else budget // 2",
+        "rows = budget",
+        "tests/scheduler/test_scoring.py",
+    ),
+    Mutant(
+        "a short scoring waits for a long one",
+        SCHEDULER + "scoring.py",
+        "each = max(1, total // len(hungry))",
+        "each = total",
+        "tests/scheduler/test_scoring.py",
+    ),
+    Mutant(
+        "paths that begin like a probe are open",
+        SERVER + "http/guard.py",
+        "if path in OPEN:",
+        "if path.startswith(tuple(OPEN)):",
+        "tests/server/test_access.py",
+    ),
+    Mutant(
+        "any key may manage",
+        SERVER + "http/guard.py",
+        "if path in ADMIN and not caller.admin:",
+        "if path in ADMIN and caller is None:",
+        "tests/server/test_access.py",
+    ),
+    Mutant(
+        "comparing keys ends at the first that fits",
+        SERVER + "keys.py",
+        "                found = key.caller\n",
+        "                return key.caller\n",
+        "tests/server/test_access.py",
+    ),
+    Mutant(
+        "tenants share their prefix caches",
+        SERVER + "visit.py",
+        'return f"@{len(self.salt)}:{self.salt}:{asked}" if self.salt else asked',
+        "return asked",
+        "tests/server/test_access.py",
+    ),
+    Mutant(
+        "anybody aborts anybody's requests",
+        SERVER + "request_manager.py",
+        "if who.admin or g.visit.caller.name == who.name",
+        "if g.label",
+        "tests/server/test_access.py",
+    ),
+    Mutant(
+        "pages of other sites may call",
+        SERVER + "http/guard.py",
+        'if site in ("cross-site", "same-site") or',
+        'if site == "never" or',
+        "tests/server/test_access.py",
+    ),
+    Mutant(
+        "the last of two equal keys of a body wins",
+        SERVER + "http/body.py",
+        "    if len(names) != len(pairs):",
+        "    if len(names) > len(pairs):",
+        "tests/server/test_http_native.py::test_broken_json",
+    ),
+    Mutant(
+        "bodies are measured by what they declare",
+        SERVER + "http/limits.py",
+        "if size > self._settings.max_body_bytes:",
+        "if size < 0:",
+        "tests/server/test_http_native.py::test_too_large_bodies",
+    ),
+    Mutant(
+        "a client that does not read is waited for",
+        SERVER + "http/protocol.py",
+        "            self._stall = self.loop.call_later(self._stall_s, self.transport.abort)\n",
+        "            self._stall = None\n",
+        "tests/server/test_limits.py::test_a_client_that_does_not_read_is_cut_off",
+    ),
+    Mutant(
+        "faults of ours are told with their paths",
+        SERVER + "errors.py",
+        '        text = _PATH.sub("<path>", text.partition',
+        '        text = _PATH.sub(r"\\g<0>", text.partition',
+        "tests/server/test_http_native.py::test_messages_for_strangers",
+    ),
+    Mutant(
+        "requests of clients that have left go on",
+        SERVER + "http/body.py",
+        '    while (await request.receive())["type"] != "http.disconnect":\n',
+        '    while (await request.receive())["type"] != "never":\n',
+        "tests/server/test_leaving.py::test_a_client_that_leaves_is_aborted",
+    ),
+    Mutant(
+        "generations are forgotten without an abort",
+        SERVER + "engine_client.py",
+        "and not finished",
+        "and finished",
+        "tests/server/test_leaving.py",
+    ),
+    Mutant(
+        "a frame with too many parts is taken for its first",
+        SERVER + "channel.py",
+        "            if len(frames) != 1:\n",
+        "            if len(frames) < 1:\n",
+        "tests/server/test_messages.py::test_hostile_frames_are_dropped_and_counted",
+    ),
+    Mutant(
+        "every log line of a client's may be two",
+        SERVER + "logs.py",
+        '.replace("\\n", "\\\\n").replace("\\r", "\\\\r")',
+        "",
+        "tests/server/test_logs.py::test_fields_are_at_the_end_of_a_text_line",
+    ),
+    Mutant(
+        "processes look for modules where the user stands",
+        SERVER + "engine_life.py",
+        '(sys.executable, "-P", "-m", "losa_server.engine_process")',
+        '(sys.executable, "-m", "losa_server.engine_process")',
+        "tests/models/test_hostile_folders.py::"
+        "test_the_server_and_its_processes_run_nothing_of_the_folder_they_are_started_in",
+    ),
+    Mutant(
+        "engines are replaced for ever",
+        SERVER + "supervisor.py",
+        "        self._times.append(now)\n",
+        "",
+        "tests/server/test_supervision.py::test_too_many_restarts_end_the_server",
+    ),
+)

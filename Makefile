@@ -72,11 +72,9 @@ test-slow: setup ## longer property runs, sanitizers and real-client suites
 frontend-matrix: setup ## the suite for SGLang's frontend with several of its releases (builds them, minutes)
 	$(BIN)/python -m tests.frontend.matrix
 
-soak: setup ## long drills
-	@$(BIN)/python -m pytest -m soak || { code=$$?; test $$code -eq 5 && echo 'There are no soak drills yet.' || exit $$code; }
-
-bench-gpu: setup ## measure attention and whole decode steps on a GPU, ten minutes at most (CUDA=1)
-	$(BIN)/python -m benchmarks.gpu
+soak: setup ## long drills, and bugs planted in a copy of the sources
+	$(BIN)/python -m pytest -m soak -s
+	$(BIN)/python -m tests.mutants
 
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -76,6 +76,9 @@ soak: setup ## long drills, and bugs planted in a copy of the sources
 	$(BIN)/python -m pytest -m soak -s
 	$(BIN)/python -m tests.mutants
 
+bench-gpu: setup ## measure attention and whole decode steps on a GPU, ten minutes at most (CUDA=1)
+	$(BIN)/python -m benchmarks.gpu
+
 check: setup ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -18,7 +18,7 @@ PINS := $(if $(CUDA),build/constraints-cuda.txt,$(CONSTRAINTS))
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(PINS) $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels demo serve test test-slow frontend-matrix soak bench-gpu check fmt constraints clean
+.PHONY: help setup kernels demo serve test test-slow test-gpu frontend-matrix soak bench-gpu check fmt constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -68,6 +68,9 @@ test: setup ## the tests
 
 test-slow: setup ## longer property runs, sanitizers and real-client suites
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup ## what only a GPU can show: kernels in bfloat16, the GPU backends, the engine (setup with CUDA=1)
+	$(BIN)/python -m pytest -m gpu
 
 frontend-matrix: setup ## the suite for SGLang's frontend with several of its releases (builds them, minutes)
 	$(BIN)/python -m tests.frontend.matrix

@@ -34,6 +34,7 @@ from tests.kernels.platforms import INTERPRETED
 
 H, G, D, B, PAGE = 6, 2, 16, 4, 8
 DEVICE = torch.device("cpu")  # tests/gpu runs these tests on another
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 KINDS = ("flash", "matmul", "native", *INTERPRETED)
 SCALE = D**-0.5
 
@@ -109,7 +110,7 @@ def test_whole_prefixes_of_several_requests(make: Make) -> None:
     for index in (0, 2):
         rows = slice(index * B, (index + 1) * B)
         want = reference_prefix(backend, group, index, q[rows])
-        torch.testing.assert_close((got.out_RHD[rows], got.lse_RH[rows]), want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close((got.out_RHD[rows], got.lse_RH[rows]), want, **CLOSE)
     assert not got.out_RHD[B : 2 * B].any() and bool((got.lse_RH[B : 2 * B] == -torch.inf).all())
 
 
@@ -119,7 +120,7 @@ def test_planned_rows_only(make: Make) -> None:
     everything = prefix(backend, q, PrefixPlan(), group)
     rows = torch.tensor([1, 5, 8, 9, 11])
     some = prefix(backend, q, PrefixPlan(rows), group)
-    torch.testing.assert_close(some, AttnState(*(x[rows] for x in everything)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(some, AttnState(*(x[rows] for x in everything)), **CLOSE)
     none = prefix(backend, q, PrefixPlan(torch.empty(0, dtype=torch.int64)), group)
     assert none.out_RHD.shape == (0, H, D) and none.lse_RH.shape == (0, H)
 
@@ -148,8 +149,8 @@ def test_lists_of_every_kind(make: Make, heads: int, per_row: bool, granule: int
             flat = segment.pages[positions // PAGE], head * G // H, positions % PAGE
             k, v = backend.pool.k(0)[flat], backend.pool.v(0)[flat]
             out, lse = ref.attend(q[row, head][None], k, v, SCALE)
-            torch.testing.assert_close(got.out_RHD[place, head], out[0], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(got.lse_RH[place, head], lse[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got.out_RHD[place, head], out[0], **CLOSE)
+            torch.testing.assert_close(got.lse_RH[place, head], lse[0], **CLOSE)
 
 
 def test_some_segments_whole_and_some_listed(make: Make) -> None:
@@ -158,10 +159,10 @@ def test_some_segments_whole_and_some_listed(make: Make) -> None:
     chosen = torch.zeros(3, G, 6, dtype=torch.bool)
     chosen[2, :, 5] = True
     got = prefix(backend, q, PrefixPlan(None, KVIndices.from_mask(chosen, (True, True, False)), PAGE), group)
-    torch.testing.assert_close(got.out_RHD[:B], reference_prefix(backend, group, 0, q[:B])[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.out_RHD[:B], reference_prefix(backend, group, 0, q[:B])[0], **CLOSE)
     k, v = (cache[group.segments[2].pages[5]] for cache in (backend.pool.k(0), backend.pool.v(0)))
     out, _ = ref.attend(q[2 * B, 0][None], k[0], v[0], SCALE)
-    torch.testing.assert_close(got.out_RHD[2 * B, 0], out[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.out_RHD[2 * B, 0], out[0], **CLOSE)
 
 
 @pytest.mark.parametrize(("prefix_len", "count"), [(0, 20), (8, 4), (12, 280), (508, 8)])
@@ -172,7 +173,7 @@ def test_prefill_is_block_causal_over_pages(make: Make, prefix_len: int, count: 
     q = torch.randn(count, H, D)
     group = RowGroup.of([Segment(ForwardMode.PREFILL, 0, count, prefix_len, pages)], B, DEVICE)
     want = ref.block_causal_attention(q, backend.pool.k(0), backend.pool.v(0), pages, prefix_len, B, SCALE)
-    torch.testing.assert_close(backend.prefill(0, q, group), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(backend.prefill(0, q, group), want, **CLOSE)
 
 
 def test_prefill_is_the_same_bits_when_cut_at_tiles(make: Make, kind: str) -> None:
@@ -208,7 +209,7 @@ def test_block_attention_of_each_block(make: Make) -> None:
     q, k, v = torch.randn(3 * B, H, D), torch.randn(3 * B, G, D), torch.randn(3 * B, G, D)
     got = backend.block(q, k, v, group)
     out, lse = ref.block_attention(q.view(3, B, H, D), k.view(3, B, G, D), v.view(3, B, G, D), SCALE)
-    torch.testing.assert_close(got, AttnState(out.flatten(0, 1), lse.flatten(0, 1)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, AttnState(out.flatten(0, 1), lse.flatten(0, 1)), **CLOSE)
     alone = RowGroup.of([block_segment(0, 0, torch.arange(1))], B, DEVICE)
     assert torch.equal(backend.block(q[B : 2 * B], k[B : 2 * B], v[B : 2 * B], alone).out_RHD, got.out_RHD[B : 2 * B])
 
@@ -221,7 +222,7 @@ def test_prefix_and_block_merge_to_one_softmax(make: Make) -> None:
     group = RowGroup.of([block_segment(0, 20, pages)], B, DEVICE)
     merged = backend.merge(prefix(backend, q, PrefixPlan(), group), backend.block(q, k[20:], v[20:], group))
     whole, _ = ref.attend(ref.fold_heads(q, G), k.transpose(0, 1), v.transpose(0, 1), SCALE)
-    torch.testing.assert_close(ref.fold_heads(merged, G), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ref.fold_heads(merged, G), whole, **CLOSE)
 
 
 PLANNED = {"all": None, "none": [], "some": [0, 3, 4, 6, 11], "every": list(range(3 * B))}
@@ -268,7 +269,7 @@ def test_scores_of_some_rows_with_padding(make: Make) -> None:
     assert scores.shape == (3, H, 6)
     bounds = backend.pool.summary(0, Summary.KEY_BOUNDS)
     want = page_scores(q[[1, 3]], bounds[group.segments[0].pages[:3]])
-    torch.testing.assert_close(scores[:2, :, :3], want)
+    torch.testing.assert_close(scores[:2, :, :3], want, **CLOSE)
     assert bool((scores[:2, :, 3:] == -torch.inf).all()) and bool(scores[2].isfinite().all())
 
 
@@ -280,7 +281,7 @@ def bounds_of(backend: AttentionBackend, page: int) -> tuple[Tensor, Tensor]:
 def check_moments(backend: AttentionBackend, page: int, keys: Tensor) -> None:
     """The page's mean and variance are those of these keys."""
     want = torch.stack((keys.float().mean(0), keys.float().var(0, correction=0)), 1)
-    torch.testing.assert_close(backend.pool.summary(0, Summary.KEY_MOMENTS)[page], want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(backend.pool.summary(0, Summary.KEY_MOMENTS)[page], want, **CLOSE)
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -310,7 +311,7 @@ def test_reused_page_shows_nothing_of_its_earlier_owner(make: Make) -> None:
     want, _ = ref.attend(ref.fold_heads(q, G), k.transpose(0, 1), v.transpose(0, 1), SCALE)
     for plan in (PrefixPlan(), PrefixPlan(None, listed, PAGE)):
         got = prefix(backend, q, plan, group).out_RHD
-        torch.testing.assert_close(ref.fold_heads(got, G), want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ref.fold_heads(got, G), want, **CLOSE)
 
 
 def test_pages_of_16_bits_are_read_as_they_were_rounded(make: Make, half: torch.dtype) -> None:
@@ -357,7 +358,7 @@ def test_mass_of_granules(make: Make, granule: int, over: Literal["mean", "max"]
         weights = logits.softmax(-1).split(granule, dim=-1)
         parts = torch.stack([part.sum(-1) for part in weights], dim=-1)
         want = parts.mean(0) if over == "mean" else parts.amax(0)
-        torch.testing.assert_close(got[index, :, : want.shape[1]], want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got[index, :, : want.shape[1]], want, **CLOSE)
         assert not got[index, :, want.shape[1] :].any()
     if over == "mean":
-        torch.testing.assert_close(got[[0, 2]].sum(-1), torch.ones(2, H))
+        torch.testing.assert_close(got[[0, 2]].sum(-1), torch.ones(2, H), **CLOSE)

@@ -125,7 +125,7 @@ class Stage:
         blocks = [segment for segment in segments if not segment.mode.stores]
         reports = {s.start: report for s, report in zip(blocks, attend.report(), strict=True)}
         assert all(report.segment.start == start for start, report in reports.items())
-        return [Result(tuple(o[s.start : s.stop].clone() for o in outs), reports.get(s.start)) for s in segments]
+        return [Result(tuple(o[s.start : s.stop].clone().cpu() for o in outs), reports.get(s.start)) for s in segments]
 
     def begin(self, *items: Item) -> tuple[SparseAttend, tuple[Segment, ...]]:
         """The attention of one batch before its first layer, and its segments."""

@@ -62,6 +62,7 @@ def test_what_cannot_be_streamed_is_refused(llm: LLM) -> None:
 
 def test_an_interrupt_waits_for_the_end_of_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     step, whole_steps = llm.engine.step, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background ignore it
 
     def interrupted() -> list[RequestOutput]:
         os.kill(os.getpid(), signal.SIGINT)
@@ -78,7 +79,7 @@ def test_an_interrupt_waits_for_the_end_of_a_step(llm: LLM, monkeypatch: pytest.
     llm.engine.abort(llm.engine.scheduler.running[0].request.rid)
     step()
     assert owned_pages(llm) == 0
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_other_threads_need_no_signals(llm: LLM) -> None:

@@ -18,7 +18,7 @@ PINS := $(if $(CUDA),build/constraints-cuda.txt,$(CONSTRAINTS))
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(PINS) $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels demo serve test test-slow test-gpu frontend-matrix soak bench-gpu check fmt constraints clean
+.PHONY: help setup kernels demo serve test test-slow test-gpu frontend-matrix soak drills bench-gpu check fmt constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -75,9 +75,12 @@ test-gpu: setup ## what only a GPU can show: kernels in bfloat16, the GPU backen
 frontend-matrix: setup ## the suite for SGLang's frontend with several of its releases (builds them, minutes)
 	$(BIN)/python -m tests.frontend.matrix
 
-soak: setup ## long drills, and bugs planted in a copy of the sources
+soak: setup ## thousands of requests and hostile messages on end, and bugs planted in a copy of the sources
 	$(BIN)/python -m pytest -m soak -s
 	$(BIN)/python -m tests.mutants
+
+drills: setup ## processes killed, stopped and told to end, too many clients; figures against goals (three minutes)
+	$(BIN)/python -m benchmarks.drills
 
 bench-gpu: setup ## measure attention and whole decode steps on a GPU, ten minutes at most (CUDA=1)
 	$(BIN)/python -m benchmarks.gpu

@@ -91,7 +91,12 @@ class EngineLife:
             log_format=settings.log_format,
         )
         environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+        loop = asyncio.get_running_loop()
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+        except OSError as error:
+            loop.call_soon(self._end, f"its process could not be started: {error}")
+            return
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended at once; the sentinel says so
             process.stdin.write(start.model_dump_json().encode())
@@ -99,7 +104,6 @@ class EngineLife:
         self.process = process
         self._vigil = Vigil(settings.heartbeat_timeout, settings.watchdog_timeout)
         self._tasks.append(asyncio.create_task(self._watch(self._vigil)))
-        loop = asyncio.get_running_loop()
 
         def sentinel() -> None:
             code = process.wait()

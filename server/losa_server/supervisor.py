@@ -15,6 +15,9 @@ from losa_server.engine_life import EngineLife
 log = logging.getLogger("losa.server")
 
 WINDOW_S = 60.0
+# Before the second restart within the window, twice as long before the third, …: a device takes a while to give its
+# memory back, and a fault that is still there needs no haste.
+PAUSE_S = 1.0
 
 
 class RestartBudget:
@@ -33,6 +36,11 @@ class RestartBudget:
             return False
         self._times.append(now)
         return True
+
+    @property
+    def pause_s(self) -> float:
+        """How long to wait with the restart that was just taken: not at all with the first one."""
+        return PAUSE_S * (len(self._times) - 1)
 
 
 class Supervisor:
@@ -80,8 +88,8 @@ class Supervisor:
 
     def _lost(self, reason: str) -> None:
         self._client.lost(reason)
+        log.error("the engine is gone: %s", reason)
         if not self._retired:
-            log.error("the engine is gone: %s", reason)
             self._replacing = asyncio.create_task(self._replace(reason))
 
     async def _replace(self, reason: str) -> None:
@@ -93,6 +101,11 @@ class Supervisor:
         if not self._budget.take():
             log.critical("%d engines lost within %g s: giving up", self._budget.limit + 1, WINDOW_S)
             self._on_give_up(reason)
+            return
+        deadline = time.monotonic() + self._budget.pause_s
+        while not self._retired and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        if self._retired:
             return
         log.warning("starting another engine")
         self._client.restarts += 1

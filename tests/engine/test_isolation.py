@@ -16,6 +16,7 @@ from losa_runtime.core.sampling_params import DiffusionParams
 from losa_runtime.llm import Completion
 from losa_runtime.sparse.method import METHODS, method_class
 from tests.engine.faults import FaultyModel, break_embedding, install, raises_on
+from tests.engine.leftovers import leftovers
 
 FATAL = 65
 PROMPTS = [[66 + (7 * i + j) % 150 for i in range(90)] for j in range(4)]
@@ -39,14 +40,8 @@ def llm(shared_llm: LLM) -> Iterator[LLM]:
 
 def check_empty(llm: LLM) -> None:
     """Nothing of any request is left but unlocked pages in the tree."""
-    engine = llm.engine
-    engine.rest()
-    cache, scheduler = engine.parts.cache, engine.scheduler
-    cache.check()
-    assert not engine.has_work() and not scheduler._live and cache.owned_pages == 0
-    assert all(node.locks == 0 for node in cache.tree.nodes())
-    assert sorted(scheduler._slots) == list(range(scheduler.limits.max_running))
-    assert next(iter(engine.parts.runner.methods.values())).memory._open == set()
+    llm.engine.rest()
+    assert set(leftovers(llm.engine).values()) == {0}
 
 
 def ids(tokens: list[int]) -> Any:

@@ -17,9 +17,9 @@ import psutil
 ROOT = Path(__file__).parents[2]
 FAKE_ENGINE = (sys.executable, "-m", "tests.server.fake_engine_process")
 # Runs the server with another engine process than the real one.
-WITH_FAKE_ENGINE = (
+WITH_OTHER_ENGINE = (
     "import sys; from losa_server import launch; from losa_server.cli import main; real = launch.serve_until_stopped;"
-    f"launch.serve_until_stopped = lambda c, s: real(c, s, {FAKE_ENGINE!r}); sys.exit(main(sys.argv[1:]))"
+    "launch.serve_until_stopped = lambda c, s: real(c, s, {!r}); sys.exit(main(sys.argv[1:]))"
 )
 
 
@@ -51,12 +51,12 @@ def gone(process: psutil.Process, seconds: float) -> bool:
 
 
 class ServerProcess:
-    """Started on entry, killed with its engine on exit if it is still there."""
+    """Started on entry, killed with its engine on exit if it is still there. fake: with the engine process `engine`."""
 
-    def __init__(self, *options: str, fake: bool = True, tmp: Path) -> None:
+    def __init__(self, *options: str, fake: bool = True, tmp: Path, engine: tuple[str, ...] = FAKE_ENGINE) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        head = ("-c", WITH_FAKE_ENGINE) if fake else ("-m", "losa_server")
+        head = ("-c", WITH_OTHER_ENGINE.format(engine)) if fake else ("-m", "losa_server")
         self.command = [sys.executable, *head, "serve", "--port", str(self.port), *options]
         self.tmp = tmp
         self.log = tmp / "server.log"

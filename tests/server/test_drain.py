@@ -67,7 +67,6 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, bundled: str, second: sign
         assert server.children() == [] and server.socket_directories() == []
 
 
-@pytest.mark.slow
 def test_clients_that_leave_while_it_drains_are_not_waited_for(tmp_path: Path, bundled: str) -> None:
     with ServerProcess("--model", bundled, "--drain-timeout", "600", tmp=tmp_path) as server:
         server.wait_ready()

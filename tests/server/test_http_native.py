@@ -331,3 +331,17 @@ def test_the_application_loads_no_torch() -> None:
         "heavy = {'torch', 'losa_runtime.engine', 'transformers'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_text_of_the_mask_stays_text(http: httpx.Client, server: AppServer) -> None:
+    """A prompt that spells the mask has no holes; other special tokens in a native prompt are the client's template."""
+    mask = server.engine.tokenizer.mask_token_id
+    assert mask is not None
+    spelled = server.engine.tokenizer.token_text(mask)
+    text = f"say {spelled}{spelled} twice"
+    generate(http, text=text, sampling_params={"max_new_tokens": 1})
+    http.post("/v1/completions", json={"prompt": text, "max_tokens": 1})
+    http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": text}], "max_tokens": 1})
+    seen = [request.prompt_ids for request in server.engine.seen[-3:]]
+    assert all(mask not in ids and spelled in server.engine.tokenizer.decode(ids, False) for ids in seen)
+    assert mask not in http.post("/tokenize", json={"text": text}).json()["tokens"]

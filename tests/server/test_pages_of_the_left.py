@@ -13,6 +13,7 @@ import pytest
 
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.engine import Engine
+from tests.engine.leftovers import leftovers
 from tests.server.app_server import AppServer
 from tests.server.gated_engine import GatedEngine
 
@@ -75,9 +76,5 @@ def test_two_steps_later_all_is_free(gated: AppServer, stream: bool, steps: int,
     engine.allow(2)
     until(lambda: engine.steps == before + steps + 2)
     until(lambda: not engine.has_work())
-    assert not parts.cache._leases and not scheduler._live and not scheduler.running and not scheduler.waiting
-    assert all(node.locks == 0 for node in parts.cache.tree.nodes())
-    assert sorted(scheduler._slots) == list(range(scheduler.limits.max_running))
-    until(lambda: next(iter(parts.runner.methods.values())).memory._open == set())
-    parts.cache.check()
+    until(lambda: set(leftovers(engine.engine).values()) == {0})
     assert gated.client._mailboxes == {}

@@ -49,6 +49,18 @@ def test_engines_that_end_at_once_are_not_replaced_for_ever() -> None:
     asyncio.run(run())
 
 
+def test_a_process_that_cannot_be_started_counts_as_lost() -> None:
+    async def run() -> None:
+        stage = Stage(("/no/such/program",), max_restarts=1)
+        stage.supervisor.keep()
+        stage.supervisor.begin()
+        assert "could not be started" in await asyncio.wait_for(stage.given_up, 60)
+        assert len(stage.lives) == 2
+        await stage.supervisor.close()
+
+    asyncio.run(run())
+
+
 def test_the_first_engine_is_the_callers_care() -> None:
     async def run() -> None:
         stage = Stage(ENDS)

@@ -6,7 +6,7 @@ import pytest
 
 from losa_server.pulse import WorkClock
 from losa_server.queue_view import QueueView
-from losa_server.supervisor import WINDOW_S, RestartBudget
+from losa_server.supervisor import PAUSE_S, WINDOW_S, RestartBudget
 from losa_server.vigil import Vigil
 
 
@@ -66,6 +66,14 @@ def test_a_budget_of_restarts_comes_back_with_time() -> None:
     now[0] = WINDOW_S
     assert budget.take()
     assert not RestartBudget(0).take()
+
+
+def test_the_first_restart_is_at_once_and_the_others_are_not() -> None:
+    budget = RestartBudget(3, lambda: 0.0)
+    pauses = []
+    while budget.take():
+        pauses.append(budget.pause_s)
+    assert pauses == [0, PAUSE_S, 2 * PAUSE_S]
 
 
 @pytest.mark.parametrize("limit", [None, 3])

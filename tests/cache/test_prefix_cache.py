@@ -71,6 +71,7 @@ def test_blocks_larger_than_a_page_are_the_unit() -> None:
 def test_namespaces_do_not_see_each_other() -> None:
     cache = PrefixCache(16, page_size=4, block_length=4)
     cache.close(fill(cache, ids(*range(8)), "tenant-a"))
+    assert (cache.peek("tenant-a", ids(*range(8))), cache.peek("tenant-b", ids(*range(8)))) == (8, 0)
     lease = cache.open("tenant-b", ids(*range(8)), 16)
     assert lease.count == 0
     cache.close(lease)

@@ -63,7 +63,7 @@ def judge(copy: Path, mutant: Mutant) -> tuple[bool, float]:
     finally:
         file.write_text(source)
     # 1: tests failed. Anything else means that nothing was tested.
-    assert code in (0, 1), output[-3000:]
+    assert code in (0, 1), f"{mutant.name}: pytest ended with {code}: {output[-3000:]}"
     return code == 1, time.monotonic() - began
 
 
@@ -71,8 +71,8 @@ def run(copy: Path, test: str, *options: str) -> tuple[int, str]:
     """pytest in the copy: (exit code, output); 124 if it took too long. Of a file its fast tests only."""
     environment = {**os.environ, "PYTHONPATH": ":".join(str(copy / part) for part in ("", "kernels", "server"))}
     marks = "not soak" if "::" in test else "not slow and not soak"
-    options = ("-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", marks, "-W", "ignore", *options)
-    command = [sys.executable, "-P", "-m", "pytest", *options, test]
+    fixed = ["-q", "-p", "no:cacheprovider", "-p", "tests.mutants.unshrunk", "-o", "addopts=", "-W", "ignore"]
+    command = [sys.executable, "-P", "-m", "pytest", *fixed, "-m", marks, *options, test]
     try:
         done = subprocess.run(
             command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False

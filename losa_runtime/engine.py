@@ -312,5 +312,6 @@ class Engine:
             "recorded_graphs": 0 if graphs is None else len(graphs),
             "graph_forwards": 0 if graphs is None else graphs.runs,
             "generated_tokens": self._generated,
+            "forward_s": self.parts.runner.forward_s,
             **self._read.stats(),
         }

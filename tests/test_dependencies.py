@@ -39,6 +39,7 @@ BEHIND_AN_EXTRA = {
     ROOT / "kernels" / "losa_kernels" / "triton": "cuda",
     ROOT / "losa_runtime" / "attention" / "device_backend.py": "cuda",
     ROOT / "server" / "losa_server" / "tracing.py": "otel",
+    ROOT / "server" / "losa_server" / "bench" / "programs.py": "frontend",
 }
 
 

@@ -5,6 +5,7 @@ The only room that knows model, methods, backend and decoding at once. Knows no 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -35,7 +36,10 @@ class Launched(NamedTuple):
 
 
 class ModelRunner:
-    """A model with its attention backend (which holds the page pool), its sparse methods and its sampler."""
+    """A model with its attention backend (which holds the page pool), its sparse methods and its sampler.
+
+    forward_s: seconds in which a forward ran, from the model's call until its decisions were known.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class ModelRunner:
         self.model, self.backend, self.methods = model, backend, methods
         self._unmasker, self._device = unmasker, device
         self.graphs: DenoiseGraphs | None = None
+        self.forward_s = 0.0
 
     def record_steps(self, recorder: Recorder, spare_slot: int, most: int) -> None:
         """From now on run later steps of up to `most` segments by recordings, where there can be any."""
@@ -70,27 +75,31 @@ class ModelRunner:
         self.release(work.released)
         if not work.items:
             return Launched(work, list)
+        began = time.perf_counter()
         replayed = None if self.graphs is None else self.graphs.run(work.items)
         if replayed is not None:
             batch, hidden_TC, attend = replayed
         else:
             batch = self.tensors(work.items)
             attend = SparseAttend(self.backend, self.methods, batch)
+            began = time.perf_counter()
             hidden_TC = self.model(batch.tokens_T, batch.positions_T, attend)
-        return Launched(work, lambda: self._results(work.items, batch, hidden_TC, attend))
+        return Launched(work, lambda: self._results(work.items, batch, hidden_TC, attend, began))
 
     @torch.inference_mode()
     def _results(
-        self, items: Sequence[WorkItem], batch: ForwardBatch, hidden_TC: Tensor, attend: SparseAttend
+        self, items: Sequence[WorkItem], batch: ForwardBatch, hidden_TC: Tensor, attend: SparseAttend, began: float
     ) -> list[BlockResult]:
-        """What a forward has brought; the batch may hold more than was asked for behind the items.
+        """What a forward has brought; the batch may hold more than was asked for behind the items. began: when.
 
         Sampling has to know numbers, so it waits for the device anyway.
         """
         blocks = [item for item in items if not item.mode.stores]
         results = self._unmasker(blocks, hidden_TC[batch.stored :])
+        stored = self.stored(batch, hidden_TC)
+        self.forward_s += time.perf_counter() - began
         reports = attend.report()[: len(blocks)]
-        return self.stored(batch, hidden_TC) + [
+        return stored + [
             result if item.mode is ForwardMode.SCORE else result._replace(cost=_cost(report))
             for item, result, report in zip(blocks, results, reports, strict=True)
         ]

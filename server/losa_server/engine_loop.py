@@ -11,6 +11,8 @@ import time
 from collections.abc import Collection
 from typing import Protocol
 
+import psutil
+
 from losa_runtime.core.errors import EngineBroken, LosaError
 from losa_runtime.core.request import Request, RequestOutput
 from losa_server.channel import ChannelBusy, MessageTooLarge, Receiver, Sender
@@ -89,6 +91,7 @@ class EngineLoop:
         self._stopping = False
         self._report, self._next_report = EngineReport(), 0.0
         self._received = 0
+        self._busy_s = 0.0
         self._load = EngineLoad(received=0, waiting=0)
 
     def stop(self) -> None:
@@ -99,10 +102,17 @@ class EngineLoop:
         """0 after a Shutdown message or `stop`, 1 after a failure (which every live request has been told of)."""
         try:
             while not self._stopping:
+                began = time.perf_counter()
+                idle = not self._engine.has_work()
                 self._take_messages()
+                if idle:  # what it waited for is not work
+                    began = time.perf_counter()
                 if self._engine.has_work() and not self._stopping:
                     self._step()
-                self._tell()
+                    self._tell()
+                    self._busy_s += time.perf_counter() - began
+                else:
+                    self._tell()
         except EngineBroken as error:
             log.error("%s", error)
             self._fail_all(str(error), error.suspects)
@@ -112,6 +122,12 @@ class EngineLoop:
             self._fail_all(f"the engine failed: {type(error).__name__}: {error}")
             return 1
         return 0
+
+    def _stats(self) -> dict[str, object]:
+        """The engine's counters and this process's. busy_s: seconds with requests at hand; what of them is not
+        forward_s was the host's."""
+        memory = psutil.Process().memory_info().rss
+        return {**self._engine.stats(), "busy_s": self._busy_s, "engine_rss_bytes": memory}
 
     def _step(self) -> None:
         self._clock.note(True, self._engine.forwards)
@@ -128,7 +144,7 @@ class EngineLoop:
             self._load = load
             self._sender.send(load)
         if time.monotonic() >= self._next_report:
-            stats = {**self._engine.stats(), "malformed_messages": self._receiver.inbox.malformed}
+            stats = {**self._stats(), "malformed_messages": self._receiver.inbox.malformed}
             self._sender.send(EngineStats(ticket=0, stats=self._report.make(stats)))
             self._next_report = time.monotonic() + REPORT_S
 
@@ -152,7 +168,7 @@ class EngineLoop:
             case FlushCache(ticket=ticket):
                 self._sender.send(FlushDone(ticket=ticket, flushed=self._engine.flush_cache()))
             case GetStats(ticket=ticket):
-                self._sender.send(EngineStats(ticket=ticket, stats=self._engine.stats()))
+                self._sender.send(EngineStats(ticket=ticket, stats=self._stats()))
             case Shutdown():
                 self.stop()
 

@@ -133,11 +133,14 @@ GAUGES = {
     "sglang:cache_hit_rate": ("recent_hit_rate", "Share of prompt tokens found in the cache since the last report"),
     "losa:num_pages": ("pages_total", "K/V pages"),
     "losa:num_cached_pages": ("pages_cached", "K/V pages of the prefix cache"),
+    "losa:engine_resident_memory_bytes": ("engine_rss_bytes", "Resident memory of the engine process"),
 }
 COUNTERS = {
     "sglang:num_retracted_requests": ("retractions", "Times that a running request gave way"),
     "losa:evicted_pages": ("pages_evicted", "Pages evicted from the prefix cache"),
     "losa:forwards": ("forwards", "Forward passes"),
+    "losa:busy_seconds": ("busy_s", "Time in which the engine had requests at hand"),
+    "losa:forward_seconds": ("forward_s", "Time of it in which a forward ran; the rest was the host's"),
     "losa:undone_forwards": ("undone_forwards", "Forward passes that raised and were undone"),
     "losa:denoise_steps": ("denoise_steps", "Denoising steps"),
     "losa:kv_read_bytes": ("kv_bytes", "K/V read by denoising steps"),

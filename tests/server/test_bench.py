@@ -7,6 +7,8 @@ import asyncio
 import json
 import math
 import random
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +18,57 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from losa_runtime.core.errors import ConfigError
-from losa_server.bench.calls import Call, Piece, Record
+from losa_server.bench.calls import Call, Caller, Piece, Program, Record
+from losa_server.bench.catalogue import WORKLOADS
 from losa_server.bench.client import Client, ServerUnreachable
 from losa_server.bench.measure import percentile, result
 from losa_server.bench.pace import closed_loop, open_loop
 from losa_server.bench.run import measure
 from losa_server.bench.settings import BenchSettings
-from losa_server.bench.workload import WORKLOADS, Caller, Program, Tokens
+from losa_server.bench.source import Tokens
 from losa_server.cli import main as losa
 from tests.server.app_server import AppServer
 
 TOKENS = Tokens(50, 3)
 
 
-def calls_of(settings: BenchSettings, numbers: range) -> list[Call]:
-    seen: list[Call] = []
+# What a program of SGLang's sends is seen only by a server: test_programs_of_sglang.
+WITH_CALLS = [name for name in WORKLOADS if name != "programs"]
 
-    async def caller(call: Call) -> Record:
-        seen.append(call)
-        return Record(len(call.prompt), call.max_new_tokens, 0.0)
+
+class Listener:
+    """A caller that answers each call with the ids 7, 8, 9."""
+
+    url, api_key = "http://nobody", None
+
+    def __init__(self) -> None:
+        self.calls, self.records = list[Call](), list[Record]()
+
+    async def call(self, call: Call) -> Record:
+        self.calls.append(call)
+        return Record(len(call.prompt), call.max_new_tokens, 0.0, output_ids=[7, 8, 9])
+
+
+def calls_of(settings: BenchSettings, numbers: Iterable[int]) -> list[Call]:
+    listener = Listener()
 
     async def everything() -> None:
         workload = WORKLOADS[settings.workload](settings, TOKENS)
         for number in numbers:
-            await workload.program(number)(caller)
+            await workload.program(number)(listener)
 
     asyncio.run(everything())
-    return seen
+    return listener.calls
 
 
-@pytest.mark.parametrize("workload", list(WORKLOADS))
+@pytest.mark.parametrize("workload", WITH_CALLS)
 def test_equal_seeds_send_equal_programs(workload: Any) -> None:
     def prompts(seed: int) -> list[Call]:
         return calls_of(BenchSettings(workload=workload, seed=seed, temperature=0.5), range(-1, 6))
 
     assert prompts(1) == prompts(1)
     assert prompts(1) != prompts(2)
-    assert len({str(call.prompt) for call in prompts(1)}) == 7
+    assert len({str(call.prompt) for call in prompts(1)}) == len(prompts(1)) >= 7
 
 
 @given(ratio=st.floats(0, 1), longest=st.integers(1, 300))
@@ -62,6 +78,64 @@ def test_lengths_lie_where_they_should(ratio: float, longest: int) -> None:
         for length in (len(call.prompt), call.max_new_tokens):
             assert max(1, round(longest * ratio)) <= length <= longest
         assert all(0 <= token < 50 and token != 3 for token in call.prompt)
+
+
+@pytest.mark.parametrize("workload", WITH_CALLS)
+def test_what_calls_want_and_who_leaves_changes_no_prompt(workload: Any) -> None:
+    plain = calls_of(BenchSettings(workload=workload, temperature=0.5), range(12))
+    more = BenchSettings(
+        workload=workload,
+        temperature=0.5,
+        abort_share=0.5,
+        request_methods=("dense", "losa:64"),
+        custom_params={"denoising_steps": 2},
+    )
+    dressed = calls_of(more, range(12))
+    assert [(c.prompt, c.max_new_tokens) for c in plain] == [(c.prompt, c.max_new_tokens) for c in dressed]
+    assert all(call.leave_after is None for call in plain)
+    leaving = sum(call.leave_after is not None for call in dressed) / len(dressed)
+    assert 0.1 < leaving < 0.9
+    customs = [call.params["custom_params"] for call in dressed]
+    assert all(custom["denoising_steps"] == 2 for custom in customs)
+    assert {(c["sparse_method"], c.get("token_budget")) for c in customs} == {("dense", None), ("losa", 64)}
+    assert all("custom_params" not in call.params for call in plain)
+
+
+@pytest.mark.parametrize("word", ["losa:", ":4", "losa:many", "losa:-4"])
+def test_a_method_or_a_method_with_a_budget(word: str) -> None:
+    with pytest.raises(ValueError, match="a method, a colon and a number"):
+        BenchSettings(request_methods=(word,))
+
+
+def test_a_conversation_holds_what_was_said() -> None:
+    settings = BenchSettings(workload="chat", turns=3, prefix_len=10, prefix_groups=2, random_input_len=4)
+    one, two, three = (call.prompt for call in calls_of(settings, [0]))
+    assert isinstance(one, list) and isinstance(two, list) and isinstance(three, list)
+    assert two[: len(one) + 3] == [*one, 7, 8, 9] and three[: len(two) + 3] == [*two, 7, 8, 9]
+    other, *_ = (call.prompt for call in calls_of(settings, [2]))
+    assert other[:10] == one[:10] and other != one
+
+
+def test_questions_are_asked_side_by_side() -> None:
+    settings = BenchSettings(workload="questions", turns=3, prefix_len=10, prefix_groups=1, random_input_len=4)
+    calls = calls_of(settings, [0, 1])
+    assert len(calls) == 6
+    assert len({str(call.prompt[:10]) for call in calls}) == 1
+
+
+def test_examples_differ_but_the_instruction_does_not() -> None:
+    settings = BenchSettings(workload="few-shot", prefix_len=40, prefix_groups=2, random_input_len=8)
+    warm, *calls = calls_of(settings, range(-1, 4))
+    assert {str(call.prompt[:10]) for call in calls} == {str(calls[0].prompt[:10])}
+    assert str(calls[0].prompt[:40]) == str(calls[2].prompt[:40]) != str(calls[1].prompt[:40])
+    assert warm.prompt[:10] != calls[0].prompt[:10]
+
+
+def test_mixed_lengths_are_even_on_a_logarithmic_scale() -> None:
+    settings = BenchSettings(workload="mixed-lengths", random_input_len=6400)
+    lengths = np.array([len(call.prompt) for call in calls_of(settings, range(600))])
+    assert 100 <= lengths.min() < 120 and 5000 < lengths.max() <= 6400
+    assert np.median(lengths) == pytest.approx(800, rel=0.15)
 
 
 def test_groups_share_their_prefix() -> None:
@@ -105,8 +179,7 @@ class SleeplessLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]
 
 
-async def nobody(_: Call) -> Record:
-    raise AssertionError
+nobody = Listener()
 
 
 def test_a_closed_loop_is_always_full() -> None:
@@ -125,6 +198,15 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
     assert loops.most > 500
     assert gaps.mean() == pytest.approx(0.1, rel=0.1)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)  # exponential gaps: a Poisson process
+
+
+def test_bursts_arrive_together_at_the_same_rate() -> None:
+    loops = Loops(2000, 0.1)
+    with asyncio.Runner(loop_factory=SleeplessLoop) as runner:
+        runner.run(open_loop(loops.programs, nobody, 10.0, random.Random(0), None, loops.done, burst=8))
+    times, sizes = np.unique(loops.starts, return_counts=True)
+    assert set(sizes) == {8}
+    assert np.diff(times).mean() == pytest.approx(0.8, rel=0.2)
 
 
 def test_an_open_loop_may_have_a_limit() -> None:
@@ -165,6 +247,41 @@ def test_the_figures() -> None:
     }  # fmt: skip
     assert {key: found[key] for key in expected} == pytest.approx(expected)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize(
+    ("limits", "good"),
+    [
+        ({"slo_ttft_ms": 1000}, 2),
+        ({"slo_ttft_ms": 999}, 0),
+        ({"slo_block_ms": 1250}, 3),
+        ({"slo_block_ms": 1249}, 2),
+        ({"slo_e2e_ms": 3499}, 2),
+        ({"slo_ttft_ms": 1000, "slo_block_ms": 1000}, 1),
+        ({"slo_ttft_ms": 9000, "slo_block_ms": 9000, "slo_e2e_ms": 9000}, 3),
+    ],
+)
+def test_goodput(limits: dict[str, float], good: int) -> None:
+    records = [
+        record([Piece(1.0, 4), Piece(1.5, 4), Piece(3.5, 2)]),
+        record([Piece(2.0, 4)]),
+        record([Piece(1.0, 4)]),
+        Record(10, 4, 0.0, error="503: full"),
+        Record(10, 4, 0.0, abandoned=True),
+    ]
+    found = result(BenchSettings(**limits), records, 2.0, {}, {})
+    assert (found["goodput"], found["good_share"]) == (good / 2.0, good / 4)
+
+
+def test_what_the_server_counted() -> None:
+    about = {"kv_pool_bytes": 1000}
+    before = about | {"internal_states": [{"busy_s": 1.0, "forward_s": 0.5}]}
+    state = {"busy_s": 5.0, "forward_s": 3.5, "pages_total": 100, "pages_free": 70, "engine_rss_bytes": 5}
+    after = about | {"internal_states": [state]}
+    found = result(BenchSettings(), [record([Piece(1.0, 4)], forwards=9, blocks=3)], 2.0, before, after)
+    assert found["host_share"] == pytest.approx(0.25)
+    assert (found["kv_bytes_held"], found["engine_rss_bytes"], found["forwards_per_block"]) == (300, 5, 3)
+    assert result(BenchSettings(), [], 2.0, {}, {})["host_share"] is None
 
 
 def test_the_keys_are_those_of_sglangs_load_tester() -> None:
@@ -212,6 +329,62 @@ def test_a_call_may_be_given_up(server: AppServer) -> None:
     [gone] = asyncio.run(give_up())
     assert (gone.abandoned, gone.error, gone.completed) == (True, None, False)
     assert gone.seconds >= 0.2
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_client_that_hangs_up(server: AppServer, after: int) -> None:
+    async def hang_up() -> Record:
+        async with Client(server.url, None, 30) as client:
+            return await client.call(Call("SLOW " * 40, 200, {"ignore_eos": True}, leave_after=after))
+
+    before = server.engine.aborted
+    record = asyncio.run(hang_up())
+    assert (record.abandoned, record.error, len(record.pieces)) == (True, None, after)
+    deadline = time.monotonic() + 30
+    while server.engine.aborted == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.engine.aborted == before + 1
+
+
+def test_who_hangs_up_is_counted_apart(server: AppServer) -> None:
+    found, records = run(server, abort_share=1.0, num_prompts=12)
+    assert found["abandoned"] >= 1 and found["failed"] == 0  # some answers are complete before their clients can leave
+    assert found["abandoned"] + found["completed"] == len(records) == 12
+
+
+@pytest.mark.parametrize("workload", WITH_CALLS)
+def test_every_workload_runs_through(server: AppServer, workload: str) -> None:
+    found, records = run(server, workload=workload, prefix_len=20, custom_params={"denoising_steps": 2})
+    assert found["failed"] == 0 and found["completed"] == len(records) >= 6
+    assert server.engine.seen[-1].sampling.custom_params.denoising_steps == 2
+
+
+def test_programs_of_sglang(server: AppServer) -> None:
+    found, records = run(server, workload="programs", prefix_len=20, turns=2, num_prompts=3, warmup_requests=0)
+    choices = [record for record in records if not record.max_new_tokens]
+    assert (found["completed"], found["failed"], len(choices)) == (9, 0, 3)
+    assert all(record.output_len == 10 and record.prompt_len > 20 for record in records if record.max_new_tokens)
+    texts = [
+        server.engine.tokenizer.decode(r.prompt_ids, False) for r in server.engine.seen if r.sampling.max_new_tokens
+    ]
+    assert len(set(texts[-6:])) == 6
+
+
+def test_a_program_that_fails_is_a_failed_call() -> None:
+    async def main() -> list[Record]:
+        settings = BenchSettings(workload="programs")
+        listener = Listener()
+        listener.url = "http://127.0.0.1:9"
+        await WORKLOADS["programs"](settings, TOKENS).program(0)(listener)
+        return listener.records
+
+    [failed] = asyncio.run(main())
+    assert failed.error is not None and not failed.completed
+
+
+def test_what_programs_do_not_know_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--abort-share"):
+        WORKLOADS["programs"](BenchSettings(workload="programs", abort_share=0.5), TOKENS)
 
 
 def test_no_server() -> None:

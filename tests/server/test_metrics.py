@@ -108,6 +108,8 @@ def test_the_engines_word_is_passed_on(fresh: AppServer) -> None:
     assert values["sglang:num_retracted_requests_total", ""] == 3
     assert values["sglang:evicted_tokens_total", ""] == 7 * 16
     assert values["losa:rows_total", "commit"] == 16
+    assert values["losa:busy_seconds_total", ""] > 0
+    assert values["losa:engine_resident_memory_bytes", ""] > 2**20
     assert values["losa:kv_pages_loaded_total", ""] == 20
     assert values["losa:kv_pages_skipped_total", ""] == 60
     assert values["losa:engine_up", ""] == 1

@@ -212,6 +212,7 @@ class TestWholeSuite:
             list(pool.map(leave, range(8)))
         assert http.post("/flush_cache?timeout=10").status_code == 200
         state = http.get("/server_info").json()["internal_states"][0]
+        assert 0 < state["forward_s"] < state["busy_s"]  # the rest is the host's
         assert (state["running"], state["waiting"], state["live_requests"], state["pages_owned"]) == (0, 0, 0, 0)
         assert state["pages_free"] == state["pages_total"]
 

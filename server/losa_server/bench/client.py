@@ -11,7 +11,7 @@ import httpx
 import orjson
 
 from losa_runtime.core.errors import LosaError
-from losa_server.bench.calls import Call, Piece, Record
+from losa_server.bench.calls import Call, Record
 
 
 class ServerUnreachable(LosaError):
@@ -26,6 +26,7 @@ class Client:
         # What limits the number of connections is the pace.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(timeout_s, connect=30.0, pool=None)
+        self.url, self.api_key = url, api_key
         self._http = httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout, trust_env=False)
         self.records: list[Record] = []
 
@@ -72,25 +73,20 @@ class Client:
             if reply.status_code != 200:
                 record.error = f"{reply.status_code}: {_reason(await reply.aread())}"
                 return
+            if call.leave_after == 0:
+                record.abandoned = True
+                return
             async for line in reply.aiter_lines():
                 if not line.startswith("data:") or record.error is not None:
                     continue
                 if line == "data: [DONE]":
                     return
-                self._note(record, orjson.loads(line[5:]))
+                record.hear(orjson.loads(line[5:]), time.monotonic() - record.started)
+                if call.leave_after is not None and len(record.pieces) >= call.leave_after:
+                    record.abandoned = record.error is None and not record.meta.get("finish_reason")
+                    if record.abandoned:
+                        return
         record.error = record.error or "the stream ended before the answer"
-
-    def _note(self, record: Record, news: dict[str, Any]) -> None:
-        if "error" in news:
-            record.error = str(news["error"].get("message", news["error"]))
-            return
-        record.meta, record.text = news["meta_info"], news["text"]
-        tokens = record.meta["completion_tokens"] - record.output_len
-        if tokens > 0:
-            record.pieces.append(Piece(time.monotonic() - record.started, tokens))
-        reason = record.meta.get("finish_reason") or {}
-        if reason.get("type") in ("abort", "error"):
-            record.error = f"ended by the server: {reason.get('message') or reason['type']}"
 
     async def _ask(self, method: str, path: str) -> httpx.Response:
         try:

@@ -15,6 +15,8 @@ from losa_server.bench.calls import Record
 from losa_server.bench.settings import BenchSettings
 
 PERCENTILES = (50, 95, 99)
+# Of the server, as far as it tells them.
+_FACTS = ("model_path", "block_length", "threads", "sparse_method", "token_budget", "algorithm", "denoising_steps")
 
 
 def result(
@@ -32,10 +34,17 @@ def result(
         "backend": "sglang",
         "dataset_name": settings.workload,
         "request_rate": "inf" if math.isinf(settings.request_rate) else settings.request_rate,
+        "burst_size": settings.burst_size,
         "max_concurrency": settings.concurrency,
         "random_input_len": settings.random_input_len,
         "random_output_len": settings.random_output_len,
         "random_range_ratio": settings.random_range_ratio,
+        "prefix_len": settings.prefix_len,
+        "prefix_groups": settings.prefix_groups,
+        "turns": settings.turns,
+        "abort_share": settings.abort_share,
+        "request_methods": list(settings.request_methods),
+        "custom_params": settings.custom_params,
         "seed": settings.seed,
         "duration": duration,
         "completed": len(done),
@@ -53,6 +62,7 @@ def result(
         **_times("tpot", [value for record in done if (value := _per_token(record)) is not None]),
         **_times("itl", [gap / tokens for gap, tokens in _gaps(done) for _ in range(tokens)]),
         **_times("block", [gap for gap, _ in _gaps(done)]),
+        **_service(settings, records, duration),
         **_costs(done),
         **_server_side(before, after),
     }
@@ -88,6 +98,26 @@ def _times(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
     return {key: 1000 * value for key, value in zip(keys, found, strict=True)}
 
 
+def is_good(settings: BenchSettings, record: Record) -> bool:
+    """Whether a call was answered to the end within all limits given. What did not occur, a second block, kept its."""
+    gaps = [later.at - earlier.at for earlier, later in pairwise(record.pieces)]
+    seen = (
+        (settings.slo_ttft_ms, record.pieces[0].at if record.pieces else 0.0),
+        (settings.slo_block_ms, sum(gaps) / len(gaps) if gaps else 0.0),
+        (settings.slo_e2e_ms, record.seconds),
+    )
+    return record.completed and all(limit is None or 1000 * value <= limit for limit, value in seen)
+
+
+def _service(settings: BenchSettings, records: Sequence[Record], duration: float) -> dict[str, float | None]:
+    """Good calls per second, and their share of those whose clients stayed; None without limits."""
+    limits = {f"slo_{name}_ms": getattr(settings, f"slo_{name}_ms") for name in ("ttft", "block", "e2e")}
+    if not any(limits.values()):
+        return {**limits, "goodput": None, "good_share": None}
+    good = sum(is_good(settings, record) for record in records)
+    return {**limits, "goodput": good / duration, "good_share": _ratio(good, sum(not r.abandoned for r in records))}
+
+
 def _per_token(record: Record) -> float | None:
     rest = sum(piece.tokens for piece in record.pieces[1:])
     return (record.pieces[-1].at - record.pieces[0].at) / rest if rest else None
@@ -109,6 +139,7 @@ def _costs(records: Sequence[Record]) -> dict[str, float | None]:
     return {
         "cache_hit_rate": _ratio(total("cached_tokens"), total("prompt_tokens")),
         "tokens_per_step": _ratio(total("completion_tokens"), total("denoise_steps")),
+        "forwards_per_block": _ratio(total("forwards"), total("blocks")),
         "kv_density": mean("kv_density"),
         "active_share": mean("active_share"),
         "retractions": total("num_retractions"),
@@ -118,18 +149,22 @@ def _costs(records: Sequence[Record]) -> dict[str, float | None]:
 def _server_side(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """What the engine counted meanwhile; whoever else used the server is in it."""
 
-    def grown(name: str) -> int:
-        states = [(info.get("internal_states") or [{}])[0] for info in (before, after)]
-        first, last = (state.get(name) or 0 for state in states)
-        return int(last - first)
+    first, last = ((info.get("internal_states") or [{}])[0] for info in (before, after))
 
+    def grown(name: str) -> float:
+        return (last.get(name) or 0) - (first.get(name) or 0)
+
+    forward = _ratio(grown("forward_s"), grown("busy_s"))
+    held = last.get("pages_total", 0) - last.get("pages_free", 0)
     return {
         "forwards": grown("forwards"),
         "tokens_per_forward": _ratio(grown("generated_tokens"), grown("forwards")),
-        "model_path": after.get("model_path"),
-        "sparse_method": after.get("sparse_method"),
-        "token_budget": after.get("token_budget"),
-        "algorithm": after.get("algorithm"),
+        "host_share": None if forward is None else 1.0 - forward,
+        "kv_bytes_held": _ratio(held * after.get("kv_pool_bytes", 0), last.get("pages_total", 0)),
+        "engine_rss_bytes": last.get("engine_rss_bytes"),
+        "http_rss_bytes": last.get("http_rss_bytes"),
+        "server_version": after.get("version"),
+        **{name: after.get(name) for name in _FACTS},
     }
 
 

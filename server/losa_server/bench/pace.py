@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import nullcontext
 
-from losa_server.bench.workload import Caller, Program
+from losa_server.bench.calls import Caller, Program
 
 
 async def closed_loop(programs: Iterable[Program], caller: Caller, concurrency: int, done: Callable[[], None]) -> None:
@@ -31,8 +31,9 @@ async def open_loop(
     rng: random.Random,
     concurrency: int | None,
     done: Callable[[], None],
+    burst: int = 1,
 ) -> None:
-    """A Poisson process of `rate` arrivals per second. Those beyond `concurrency` wait for room."""
+    """A Poisson process of `rate` arrivals per second, `burst` at a time. Those beyond `concurrency` wait for room."""
     room = asyncio.Semaphore(concurrency) if concurrency else nullcontext()
 
     async def run(program: Program) -> None:
@@ -41,15 +42,16 @@ async def open_loop(
         done()
 
     async with asyncio.TaskGroup() as group:
-        async for program in _arrivals(programs, rate, rng):
+        async for program in _arrivals(programs, rate, rng, burst):
             group.create_task(run(program))
 
 
-async def _arrivals(programs: Iterable[Program], rate: float, rng: random.Random) -> AsyncIterator[Program]:
+async def _arrivals(programs: Iterable[Program], rate: float, rng: random.Random, burst: int) -> AsyncIterator[Program]:
     """Each program at its time. Times are absolute, so that a late wake-up does not make all later ones late."""
     loop = asyncio.get_running_loop()
     due = loop.time()
-    for program in programs:
+    for number, program in enumerate(programs, 1):
         await asyncio.sleep(max(0.0, due - loop.time()))
         yield program
-        due += rng.expovariate(rate)
+        if number % burst == 0:
+            due += rng.expovariate(rate / burst)

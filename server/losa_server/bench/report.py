@@ -24,6 +24,8 @@ def show(console: Console, result: Mapping[str, Any], records: Sequence[Record])
     """Print the result."""
     loop = "closed loop" if result["request_rate"] == "inf" else f"{result['request_rate']:g} arrivals per s"
     limit = result["max_concurrency"]
+    if result["burst_size"] > 1:
+        loop += f", {result['burst_size']} together"
     about = f"{loop}, " + (f"at most {limit} at once" if limit else "no limit at once")
     console.print(_rates(result, f"{result['dataset_name']}: {about}"))
     console.print(_times(result))
@@ -44,10 +46,14 @@ def _rates(result: Mapping[str, Any], title: str) -> Table:
         ("requests at once, mean", f"{result['concurrency']:.1f}"),
         ("tokens per forward", _number(result["tokens_per_forward"])),
         ("tokens per denoising step", _number(result["tokens_per_step"])),
+        ("forwards per block", _number(result["forwards_per_block"])),
         ("prompt tokens from the cache", _percent(result["cache_hit_rate"])),
         ("KV density, later steps", _percent(result["kv_density"])),
         ("active rows, later steps", _percent(result["active_share"])),
+        ("host's share of the engine's time", _percent(result["host_share"])),
     ]
+    if result["goodput"] is not None:
+        rows.append(("good requests per s", f"{result['goodput']:.2f} ({_percent(result['good_share'])})"))
     for name, text in rows:
         table.add_row(name, text)
     return table

@@ -9,25 +9,30 @@ from typing import Any
 
 from losa_runtime.core.errors import ConfigError
 from losa_server.bench.calls import Record
+from losa_server.bench.catalogue import WORKLOADS
 from losa_server.bench.client import Client
 from losa_server.bench.measure import result
 from losa_server.bench.pace import closed_loop, open_loop
 from losa_server.bench.settings import BenchSettings
-from losa_server.bench.workload import WORKLOADS, Tokens
+from losa_server.bench.source import Source, Tokens
 
 
 async def measure(
-    url: str, api_key: str | None, settings: BenchSettings, done: Callable[[], None]
+    url: str,
+    api_key: str | None,
+    settings: BenchSettings,
+    done: Callable[[], None],
+    source: Source | None = None,
 ) -> tuple[dict[str, Any], list[Record]]:
-    """The result and its records. done: called after each measured program.
+    """The result and its records. done: called after each measured program. source: of the prompts, else random ids.
 
     Raises ServerUnreachable and ConfigError; a call that fails is part of the result.
     """
     async with Client(url, api_key, settings.timeout_s) as client:
         before = await client.info()
-        workload = WORKLOADS[settings.workload](settings, tokens_of(before, settings))
+        workload = WORKLOADS[settings.workload](settings, source or tokens_of(before, settings))
         for number in range(settings.warmup_requests):
-            await workload.program(-1 - number)(client.call)
+            await workload.program(-1 - number)(client)
         if settings.flush_cache:
             await client.flush_cache()
         client.records.clear()
@@ -35,10 +40,10 @@ async def measure(
         before = await client.info()
         started = time.monotonic()
         if math.isinf(settings.request_rate):
-            await closed_loop(programs, client.call, settings.concurrency or len(programs), done)
+            await closed_loop(programs, client, settings.concurrency or len(programs), done)
         else:
             rng, limit = workload.rng("arrivals"), settings.concurrency
-            await open_loop(programs, client.call, settings.request_rate, rng, limit, done)
+            await open_loop(programs, client, settings.request_rate, rng, limit, done, settings.burst_size)
         duration = time.monotonic() - started
         return result(settings, client.records, duration, before, await client.info()), client.records
 

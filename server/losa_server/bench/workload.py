@@ -1,6 +1,6 @@
 """What is sent: seeded programs, each a coroutine that makes one call or many. Knows no sockets and no clock.
 
-A new workload is a class with `programs` and a line in WORKLOADS (and in the settings' choice). Calls that depend on
+A new workload is a class with `program` and a line in `catalogue` (and in the settings' choice). Calls that depend on
 one another, side by side or given up half-way are ordinary code in a program: await, gather, wait_for.
 """
 
@@ -8,33 +8,20 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import Any
 
-from losa_server.bench.calls import Call, Record
+from losa_server.bench.calls import Call, Program
 from losa_server.bench.settings import BenchSettings
+from losa_server.bench.source import Source
 
-Caller = Callable[[Call], Awaitable[Record]]
-Program = Callable[[Caller], Awaitable[object]]
-
-
-class Tokens(NamedTuple):
-    """Ids that a prompt may hold: 0 to size - 1 without the mask."""
-
-    size: int
-    mask: int | None
-
-    def draw(self, rng: random.Random, count: int) -> list[int]:
-        """Random ids."""
-        ids = rng.choices(range(self.size), k=count)
-        return [(token + 1) % self.size if token == self.mask else token for token in ids]
+HANGS_UP_BY = 4  # a client that leaves does so before this many pieces have come
 
 
 class Workload(ABC):
-    """Programs that are a function of settings and seed alone."""
+    """Programs that are a function of settings, source and seed alone."""
 
-    def __init__(self, settings: BenchSettings, tokens: Tokens) -> None:
-        self.settings, self.tokens = settings, tokens
+    def __init__(self, settings: BenchSettings, source: Source) -> None:
+        self.settings, self.source = settings, source
 
     @abstractmethod
     def program(self, number: int) -> Program:
@@ -48,32 +35,35 @@ class Workload(ABC):
         """A length between the shortest and the longest."""
         return rng.randint(max(1, round(longest * self.settings.random_range_ratio)), longest)
 
-    def call(self, rng: random.Random, prefix: list[int]) -> Call:
-        """Random ids behind a prefix, with a random length of the answer."""
-        settings = self.settings
-        prompt = prefix + self.tokens.draw(rng, self.length(rng, settings.random_input_len))
-        params = {"temperature": settings.temperature, "ignore_eos": not settings.disable_ignore_eos}
-        if settings.temperature > 0:
-            params["sampling_seed"] = rng.randrange(2**31)
-        return Call(prompt, self.length(rng, settings.random_output_len), params)
-
-
-class RandomWorkload(Workload):
-    """Prompts that have nothing in common."""
-
-    def program(self, number: int) -> Program:
-        call = self.call(self.rng(number), [])
-        return lambda caller: caller(call)
-
-
-class SharedPrefixWorkload(Workload):
-    """Prompts in groups; those of a group begin with the same tokens, as with a long instruction or document."""
-
-    def program(self, number: int) -> Program:
+    def prefix(self, number: int, count: int) -> list[int]:
+        """The ids with which all programs of `number`'s group begin."""
         group = number % self.settings.prefix_groups if number >= 0 else "warm-up"
-        prefix = self.tokens.draw(self.rng("prefix", group), self.settings.prefix_len)
-        call = self.call(self.rng(number), prefix)
-        return lambda caller: caller(call)
+        return self.source.draw(self.rng("prefix", group), count)
 
+    def call(self, rng: random.Random, prefix: list[int]) -> Call:
+        """Something of its own behind a prefix, with a random length of the answer."""
+        own = self.source.draw(rng, self.length(rng, self.settings.random_input_len))
+        return self.asking(rng, prefix + own)
 
-WORKLOADS: dict[str, type[Workload]] = {"random": RandomWorkload, "shared-prefix": SharedPrefixWorkload}
+    def asking(self, rng: random.Random, prompt: list[int]) -> Call:
+        """A call with this prompt. Draws the same numbers whatever the settings are, so that these change no prompt."""
+        settings = self.settings
+        params: dict[str, Any] = {
+            "temperature": settings.temperature,
+            "ignore_eos": not settings.disable_ignore_eos,
+        }
+        output, seed = self.length(rng, settings.random_output_len), rng.randrange(2**31)
+        if settings.temperature > 0:
+            params["sampling_seed"] = seed
+        custom = self.custom(rng)
+        if custom:
+            params["custom_params"] = custom
+        leaves, after = rng.random() < settings.abort_share, rng.randrange(HANGS_UP_BY)
+        return Call(prompt, output, params, leave_after=after if leaves else None)
+
+    def custom(self, rng: random.Random) -> dict[str, Any]:
+        """What a call wants of this runtime."""
+        settings, draw = self.settings, rng.random()
+        words = settings.request_methods
+        method = settings.method_params(words[int(draw * len(words))]) if words else {}
+        return {**settings.custom_params, **method}

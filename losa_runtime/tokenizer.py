@@ -18,12 +18,9 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from losa_runtime.chat_template import ChatTemplate
-from losa_runtime.core.architectures import SUPPORTED
+from losa_runtime.core.config_file import CONFIG_FILE, SETTINGS_FILE, TOKENIZER_FILE, read_json
 from losa_runtime.core.errors import CheckpointError, InvalidRequest
-from losa_runtime.core.model_config import CONFIG_FILE, read_json
-
-TOKENIZER_FILE = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"
+from losa_runtime.core.model_config import declared_mask
 
 
 def byte_alphabet() -> tuple[str, ...]:
@@ -151,12 +148,7 @@ def _require_byte_level(path: Path, decoder: Any) -> None:
 def _mask_id(folder: Path) -> int | None:
     if not (folder / CONFIG_FILE).is_file():
         return None
-    raw = read_json(folder / CONFIG_FILE)
-    listed = raw.get("architectures")
-    name = listed[0] if isinstance(listed, list) and listed else None
-    given = raw.get("mask_token_id")
-    if given is None and isinstance(name, str) and name in SUPPORTED:
-        return SUPPORTED[name].mask_token_id
+    given = declared_mask(folder, read_json(folder / CONFIG_FILE))
     return given if type(given) is int else None
 
 

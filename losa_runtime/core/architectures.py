@@ -5,34 +5,28 @@ Plain tables. The classes behind the served ones are in `losa_runtime.models.mod
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from losa_runtime.core.families import a2d, llada2, sdar, sdar_moe
+from losa_runtime.core.families.family import Family
 
-
-class FamilyDefaults(NamedTuple):
-    """What a family's released checkpoints leave out of config.json."""
-
-    block_length: int
-    mask_token_id: int
-
-
-SUPPORTED: dict[str, FamilyDefaults] = {"SDARForCausalLM": FamilyDefaults(block_length=4, mask_token_id=151669)}
+SUPPORTED: dict[str, Family] = {
+    "SDARForCausalLM": sdar.FAMILY,
+    "SDARMoeForCausalLM": sdar_moe.FAMILY,
+    "LLaDA2MoeModelLM": llada2.FAMILY,
+    "A2DQwen3LMHeadModel": a2d.FAMILY,
+}
 
 _FULL_ATTENTION = (
     "a full-attention diffusion model: earlier tokens attend to later ones, so the K/V of a prefix change with every "
     "later token and no exact prefix cache is possible"
 )
 _AUTOREGRESSIVE = "an autoregressive model: it predicts the next token and cannot fill masked blocks"
-_EXPERTS = "a mixture-of-experts model; only dense models are implemented in this version"
+_OTHER_BACKBONE = "a block-diffusion model on a backbone that is not implemented; of A2D only the one on Qwen3 is"
 REFUSED_ARCHITECTURES: dict[str, str] = {
     **dict.fromkeys(
         ("LLaDAModelLM", "LLaDAMoEModelLM", "LLaDAMoEModel", "DreamModel", "DreamForCausalLM"), _FULL_ATTENTION
     ),
-    **dict.fromkeys(("SDARMoeForCausalLM", "LLaDA2MoeModelLM", "LLaDA2MoeForCausalLM"), _EXPERTS),
     "Fast_dLLM_QwenForCausalLM": "a model with shifted logits (position i is predicted at i-1), not implemented here",
-    **dict.fromkeys(
-        ("A2DQwen3LMHeadModel", "A2DQwen2LMHeadModel", "A2DLlamaLMHeadModel"),
-        "a model whose blocks are anchored at a left-padded prompt, which is not implemented",
-    ),
+    **dict.fromkeys(("A2DQwen2LMHeadModel", "A2DLlamaLMHeadModel"), _OTHER_BACKBONE),
     **dict.fromkeys(
         (
             *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM"),

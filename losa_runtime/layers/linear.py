@@ -14,29 +14,29 @@ from torch import Tensor, nn
 ROW_TILE = 32  # rows; padding costs at most this much, smaller tiles waste the matrix units
 
 
-def linear(x_TC: Tensor, weight_NC: Tensor, row_tile: int | None) -> Tensor:
-    """x @ weight^T: [T, N]. row_tile: rows per product, the last one padded with zeros; None = all rows in one."""
+def linear(x_TC: Tensor, weight_NC: Tensor, row_tile: int | None, bias_N: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias: [T, N]. row_tile: rows per product, the last one padded with zeros; None = all in one."""
     if row_tile is None:
-        return F.linear(x_TC, weight_NC)
+        return F.linear(x_TC, weight_NC, bias_N)
     rows = x_TC.shape[0]
     x_TC = F.pad(x_TC, (0, 0, 0, -rows % row_tile))
-    return torch.cat([F.linear(tile, weight_NC) for tile in x_TC.split(row_tile)])[:rows]
+    return torch.cat([F.linear(tile, weight_NC, bias_N) for tile in x_TC.split(row_tile)])[:rows]
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias, whose weights are to be loaded; `row_tile` as in `linear`, set by `use_row_tile`."""
+    """A linear layer whose weights are to be loaded; `row_tile` as in `linear`, set by `use_row_tile`."""
 
     row_tile: int | None = None
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
         """Nothing: random numbers for tensors without memory would load torch's whole compiler, which takes seconds."""
 
     def forward(self, x_TC: Tensor) -> Tensor:
         """x [T, C] -> [T, N]."""
-        return linear(x_TC, self.weight, self.row_tile)
+        return linear(x_TC, self.weight, self.row_tile, self.bias)
 
 
 def use_row_tile(module: nn.Module, row_tile: int | None) -> None:

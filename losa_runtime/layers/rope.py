@@ -66,7 +66,12 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x_TND: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotate every head of x [T, N, D] by its token's angles; computed in float32, returned in x's dtype."""
-    a, b = x_TND.float().chunk(2, dim=-1)
+    """Rotate every head of x [T, N, D] by its token's angles; computed in float32, returned in x's dtype.
+
+    E pairs are the first 2 E channels of a head; what lies behind is left as it is.
+    """
+    rotated = 2 * cos_TE.shape[-1]
+    a, b = x_TND[..., :rotated].float().chunk(2, dim=-1)
     cos, sin = cos_TE[:, None], sin_TE[:, None]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_TND.dtype)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_TND.dtype)
+    return turned if rotated == x_TND.shape[-1] else torch.cat((turned, x_TND[..., rotated:]), dim=-1)

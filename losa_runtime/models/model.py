@@ -10,31 +10,27 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from losa_runtime.core.errors import CheckpointError
 from losa_runtime.core.model_config import ModelConfig
+from losa_runtime.layers.attention import AttendFn
 from losa_runtime.models.weights import load_weights
 
 
-class AttendFn(Protocol):
-    """All that a model sees of attention."""
-
-    def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        """Attention output [T, H, D] of one layer for rotated queries and keys of the batch's T rows."""
-        ...
-
-
 class BlockDiffusionModel(nn.Module, ABC):
-    """A model whose token i is predicted at position i, from whole earlier blocks and its own block.
+    """A model that predicts tokens from whole earlier blocks and their own block.
 
+    shifted_logits: token i is predicted at position i - 1, else at position i. So the first token of a block comes from
+    the last row of the block before it, once that is complete.
     tied: checkpoint tensor name -> name of the parameter that it repeats, for heads tied to the embedding.
     row_tile: rows per matrix product, see `losa_runtime.layers.linear`; None for as many as there are.
     """
 
+    shifted_logits: ClassVar[bool] = False
     config: ModelConfig
     tied: dict[str, str]
     row_tile: int | None = None
@@ -56,6 +52,9 @@ class BlockDiffusionModel(nn.Module, ABC):
 # architecture in config.json -> module of this package and class in it, imported only when asked for
 FAMILIES: dict[str, tuple[str, str]] = {
     "SDARForCausalLM": ("losa_runtime.models.sdar", "SDARForCausalLM"),
+    "SDARMoeForCausalLM": ("losa_runtime.models.sdar_moe", "SDARMoeForCausalLM"),
+    "LLaDA2MoeModelLM": ("losa_runtime.models.llada2", "LLaDA2MoeModelLM"),
+    "A2DQwen3LMHeadModel": ("losa_runtime.models.a2d", "A2DQwen3LMHeadModel"),
 }
 
 

@@ -7,9 +7,8 @@ written as they fill, so memory stays at one shard. What such a model says is no
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from losa_runtime.core.config_file import CONFIG_FILE, GENERATION_FILE
 from losa_runtime.core.errors import ConfigError
-from losa_runtime.core.model_config import CONFIG_FILE, GENERATION_FILE, ModelConfig
+from losa_runtime.core.model_config import ModelConfig
+from losa_runtime.layers.pieces import places
 from losa_runtime.models.model import BlockDiffusionModel, empty_model
-from losa_runtime.models.presets import PRESETS
+from losa_runtime.models.presets import FAMILY_FIELDS, PRESETS
 from losa_runtime.models.weights import INDEX_FILE, SINGLE_FILE, assign, byte_progress
 from losa_runtime.tokenizer import byte_alphabet
 
@@ -41,7 +42,7 @@ def write_random_checkpoint(
     folder: str | Path,
     preset: str = "tiny",
     *,
-    architecture: str = "SDARForCausalLM",
+    architecture: str | None = None,
     seed: int = 0,
     dtype: str | None = None,
     max_shard_bytes: int = 2 * 1024**3,
@@ -51,9 +52,10 @@ def write_random_checkpoint(
 ) -> ModelConfig:
     """Write config, weights and tokenizer into `folder` (created if needed) and return the configuration.
 
-    overrides: config.json fields in place of the preset's, e.g. `num_hidden_layers=3`, `block_size=4`. dtype: of the
-    tensors. Equal arguments give equal tensors however they are sharded. Raises ConfigError for an unknown preset or
-    override, a folder that already holds a checkpoint, or a full disk; CheckpointError for a shape that makes no sense.
+    architecture: None = the preset's. overrides: config.json fields in place of the preset's and the family's, e.g.
+    `num_hidden_layers=3`, `block_size=4`. dtype: of the tensors. Equal arguments give equal tensors however they are
+    sharded. Raises ConfigError for an unknown preset, architecture or override, a folder that already holds a
+    checkpoint, or a full disk; CheckpointError for a shape that makes no sense.
     """
     folder = Path(folder)
     raw = _config(preset, architecture, overrides | ({} if dtype is None else {"dtype": dtype}))
@@ -76,7 +78,7 @@ def random_model(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    architecture: str = "SDARForCausalLM",
+    architecture: str | None = None,
     seed: int = 0,
     **overrides: Any,
 ) -> BlockDiffusionModel:
@@ -89,7 +91,7 @@ def random_model(
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in list(model.named_parameters()):
         tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-        assign(model, name, tensor.normal_(*_spread(name, parameter, config), generator=generator))
+        assign(model, name, tensor.normal_(*_spread(name, parameter.shape, config), generator=generator))
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -114,12 +116,18 @@ def write_byte_tokenizer(folder: Path, max_length: int) -> None:
     _write_json(folder / "tokenizer_config.json", settings)
 
 
-def _config(preset: str, architecture: str, overrides: dict[str, Any]) -> dict[str, Any]:
+def _config(preset: str, architecture: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
     if preset not in PRESETS:
         raise ConfigError(f"preset: found {preset!r}, allowed: {', '.join(PRESETS)}")
-    fixed = {"hidden_act": "silu", "attention_bias": False, "rms_norm_eps": 1e-6, "rope_scaling": None}
+    shape = dict(PRESETS[preset])
+    own = shape.pop("architecture", None)
+    architecture = architecture or str(own or "SDARForCausalLM")
+    if architecture not in FAMILY_FIELDS or own not in (None, architecture):
+        allowed = own or ", ".join(FAMILY_FIELDS)
+        raise ConfigError(f"architecture: found {architecture!r}, allowed: {allowed} (with preset {preset!r})")
+    fixed = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_scaling": None}
     ids = {"mask_token_id": MASK, "eos_token_id": IM_END, "pad_token_id": END_OF_TEXT}
-    raw = {"architectures": [architecture], "model_type": "sdar", **PRESETS[preset], **fixed, **ids}
+    raw = {"architectures": [architecture], **FAMILY_FIELDS[architecture], **shape, **fixed, **ids}
     unknown = sorted(set(overrides) - set(raw))
     if unknown:
         raise ConfigError(f"{unknown[0]}: found {overrides[unknown[0]]!r}, allowed: one of {', '.join(sorted(raw))}")
@@ -133,23 +141,23 @@ def _random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tenso
     """Tensors in the module's order from one generator, scaled so that activations stay near one in every layer."""
     generator = torch.Generator().manual_seed(seed)
     dtype: torch.dtype = getattr(torch, config.dtype)
-    for name, parameter in empty_model(config).named_parameters():
-        tensor = torch.empty(parameter.shape, dtype=dtype)
-        yield name, tensor.normal_(*_spread(name, parameter, config), generator=generator)
+    for name, place in places(empty_model(config)).items():
+        tensor = torch.empty(place.shape, dtype=dtype)
+        yield name, tensor.normal_(*_spread(name, place.shape, config), generator=generator)
 
 
-def _spread(name: str, parameter: Tensor, config: ModelConfig) -> tuple[float, float]:
+def _spread(name: str, shape: Sequence[int], config: ModelConfig) -> tuple[float, float]:
     """Mean and standard deviation of a parameter's numbers."""
-    if parameter.ndim == 1:
-        return 1.0, 0.1
-    if "embed_tokens" in name and not config.tie_word_embeddings:
+    if len(shape) == 1:
+        return (0.0 if name.endswith("bias") else 1.0), 0.1
+    if "embed" in name and not config.tie_word_embeddings:
         return 0.0, 1.0
-    return 0.0, parameter.shape[1] ** -0.5
+    return 0.0, shape[-1] ** -0.5
 
 
 def _write_weights(folder: Path, config: ModelConfig, seed: int, max_shard_bytes: int, show_progress: bool) -> None:
     itemsize = getattr(torch, config.dtype).itemsize
-    sizes = {name: math.prod(p.shape) * itemsize for name, p in empty_model(config).named_parameters()}
+    sizes = {name: place.numel * itemsize for name, place in places(empty_model(config)).items()}
     total, free = sum(sizes.values()), shutil.disk_usage(folder).free
     if total > free:
         raise ConfigError(f"folder: found {free} bytes free in {folder}, allowed: at least {total} for these weights")

@@ -7,7 +7,6 @@ Knows names and shapes, not what they mean.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,8 +18,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from losa_runtime.core.config_file import read_json
 from losa_runtime.core.errors import CheckpointError
-from losa_runtime.core.model_config import read_json
+from losa_runtime.layers.pieces import Piece, places
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -79,17 +79,16 @@ def load_weights(
     CheckpointError listing missing, unexpected, misshapen and non-float tensors before anything is read.
     """
     files = tensor_files(folder)
-    expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    expected = places(module)
     with ExitStack() as stack:
         opened = {path: stack.enter_context(_open(path)) for path in dict.fromkeys(files.values())}
-        _check(folder, expected, tied, _headers(files, opened))
-        total = sum(math.prod(shape) for shape in expected.values()) * dtype.itemsize
+        _check(folder, {name: place.shape for name, place in expected.items()}, tied, _headers(files, opened))
+        total = sum(place.numel for place in expected.values()) * dtype.itemsize
         with byte_progress(show_progress) as progress:
             task = progress.add_task("loading weights", total=total)
             for name in sorted(expected, key=lambda n: (files[n], n)):
-                tensor = _read(opened[files[name]], name, folder).to(device=device, dtype=dtype, copy=True)
-                assign(module, name, tensor)
-                progress.advance(task, tensor.numel() * dtype.itemsize)
+                _fill(module, expected[name].piece, _read(opened[files[name]], name, folder), dtype, device)
+                progress.advance(task, expected[name].numel * dtype.itemsize)
         for name, target in tied.items():
             if name in files:
                 repeated = _read(opened[files[name]], name, folder).to(device=device, dtype=dtype)
@@ -97,6 +96,19 @@ def load_weights(
                     raise CheckpointError(
                         f"{folder}: {name} differs from {target}, but config.json says tie_word_embeddings = true"
                     )
+
+
+def _fill(module: nn.Module, piece: Piece, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """An own copy of the tensor in its place; a parameter of several pieces is made with the first of them."""
+    kept = piece.dtype or dtype
+    if not piece.part:
+        assign(module, piece.parameter, tensor.to(device=device, dtype=kept, copy=True))
+        return
+    whole = module.get_parameter(piece.parameter)
+    if whole.is_meta:
+        assign(module, piece.parameter, torch.empty(whole.shape, dtype=kept, device=device))
+        whole = module.get_parameter(piece.parameter)
+    whole[piece.part].copy_(tensor)
 
 
 def _open(path: Path) -> Any:

@@ -194,7 +194,7 @@ def recording_bytes(model: ModelConfig, context_pages: int, most: int, itemsize:
     """
     rows = most * model.block_length
     heads = (model.num_heads + model.num_kv_heads) * model.head_dim
-    activations = rows * (4 * model.hidden_size + 3 * model.intermediate_size + 4 * heads) * itemsize
+    activations = rows * (4 * model.hidden_size + 3 * model.widest_hidden + 4 * heads) * itemsize
     scores = rows * model.num_kv_heads * context_pages * (4 + 1)
     states = PARTS * rows * model.num_heads * (model.head_dim + 1) * 4
     return activations + scores + states + GRAPH_ROOM

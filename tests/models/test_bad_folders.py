@@ -81,7 +81,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["LLaDAModelLM"]}, "LLaDAModelLM is a full-attention diffusion model.*no exact prefix cache"),
     ({"architectures": ["DreamModel"]}, "DreamModel is a full-attention diffusion model"),
     ({"architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM is an autoregressive model"),
-    ({"architectures": ["LLaDA2MoeModelLM"]}, "mixture-of-experts"),
     ({"architectures": ["NovelLM"]}, "NovelLM is not a model family.*Allowed: SDARForCausalLM"),
 ]
 
@@ -234,5 +233,5 @@ def test_the_tables_of_families_agree() -> None:
     for architecture, (module, _) in FAMILIES.items():
         assert module.startswith("losa_runtime.models.")
         assert family_class(architecture).__module__ == module
-    with pytest.raises(CheckpointError, match="found 'NovelLM', allowed: SDARForCausalLM"):
+    with pytest.raises(CheckpointError, match=r"found 'NovelLM', allowed: .*SDARForCausalLM"):
         family_class("NovelLM")

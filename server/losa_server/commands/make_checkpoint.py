@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from losa_runtime.core.errors import LosaError
-from losa_runtime.models.presets import PRESETS
+from losa_runtime.models.presets import FAMILY_FIELDS, PRESETS
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -27,6 +27,9 @@ _SHAPE: dict[str, tuple[str, str]] = {
     "vocab-size": ("vocab_size", "rows of the embedding, at least 260"),
     "max-position": ("max_position_embeddings", "longest sequence in tokens"),
     "block-length": ("block_size", "positions per diffusion block"),
+    "experts": ("num_experts", "experts per layer, for a family that has them"),
+    "experts-per-token": ("num_experts_per_tok", "experts that a token goes to"),
+    "expert-size": ("moe_intermediate_size", "width of one expert's hidden layer"),
 }
 
 
@@ -47,7 +50,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         "--preset", choices=tuple(PRESETS), default="tiny", help="shape to start from (default: %(default)s)"
     )
     model.add_argument(
-        "--architecture", default="SDARForCausalLM", help="model family, as in config.json (default: %(default)s)"
+        "--architecture", choices=tuple(FAMILY_FIELDS), help="model family, as in config.json (default: the preset's)"
     )
     model.add_argument("--seed", type=int, default=0, help="equal seeds give equal weights (default: %(default)s)")
     model.add_argument(

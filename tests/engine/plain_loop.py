@@ -39,18 +39,26 @@ def generate(
     stop: tuple[int, ...] = (),
     seen_logits: list[Tensor] | None = None,
 ) -> list[int]:
-    """Greedy block diffusion; returns the output tokens up to and including the first stop token."""
-    b, mask = model.config.block_length, model.config.mask_token_id
+    """Greedy block diffusion; returns the output tokens up to and including the first stop token.
+
+    Of a model with shifted logits, row i - 1 speaks for position i, and a block's first position is filled before any
+    step by the last row of the whole blocks before it.
+    """
+    b, mask, shift = model.config.block_length, model.config.mask_token_id, int(model.shifted_logits)
     end = len(prompt) + max_new_tokens
     x = list(prompt)
     while len(x) < end:
         start = len(x) - len(x) % b
+        if shift and len(x) == start:
+            logits = forward(model, x)[-1]
+            logits[mask] = logits[vocab_size or logits.shape[0] :] = -torch.inf
+            x.append(int(logits.argmax()))
         x += [mask] * (start + b - len(x))
         for step in range(steps):
             open_ = [i for i in range(start, min(start + b, end)) if x[i] == mask]
             if not open_ or _stops(x[len(prompt) : end], stop, mask) is not None:
                 break
-            logits = forward(model, x)[open_]
+            logits = forward(model, x)[[i - shift for i in open_]]
             if seen_logits is not None:
                 seen_logits.append(logits)
             logits[:, mask] = logits[:, vocab_size or logits.shape[1] :] = -torch.inf

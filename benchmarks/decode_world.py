@@ -89,7 +89,7 @@ class World:
             s.device,
         )
         if s.graphs and self.runner.backend.recordable:
-            self.runner.record_steps(CudaRecorder(s.device), s.batch, s.batch)
+            self.runner.record_steps(CudaRecorder(s.device), s.batch, s.batch, patience=1)
         order = np.random.default_rng(s.seed).permutation(s.batch * room)
         self._tables = order.reshape(s.batch, room).astype(np.int64)
 

@@ -250,7 +250,7 @@ def _record_steps(config: EngineConfig, runner: ModelRunner, most: int, device: 
         return
     runner.record_steps(CudaRecorder(device), config.max_running_requests, most)
     names = [name for name, method in runner.methods.items() if method.recordable(method.Options())]
-    logger.info("CUDA graphs: later steps of %s, up to %d requests, when first wanted", ", ".join(names), most)
+    logger.info("CUDA graphs: later steps of %s, up to %d requests", ", ".join(names), most)
 
 
 def _dtype(option: str, wanted: DType, default: torch.dtype) -> torch.dtype:

@@ -309,7 +309,7 @@ class Engine:
             "retracted": sum(req.cost.retractions > 0 for req in scheduler.waiting),
             "rows": {mode.value: self._rows[mode] for mode in ForwardMode},
             "dropped_results": scheduler.dropped,
-            "recorded_graphs": 0 if graphs is None else len(graphs),
+            "recorded_graphs": 0 if graphs is None else len(graphs.recorded),
             "graph_forwards": 0 if graphs is None else graphs.runs,
             "generated_tokens": self._generated,
             "forward_s": self.parts.runner.forward_s,

@@ -2,8 +2,8 @@
 
 Chosen by `attention_backend: flashinfer`; Triton's own is the default until this one has passed on a device. FlashInfer
 reads: prompts and finished blocks, whole prefixes, and lists of pages or of equal parts of pages, one per segment and
-head. What it has no layout for (lists per row, granules larger than a page) and what has to come with page peaks is
-read by Triton's kernels as ever.
+head. What it has no layout for (lists per row, granules larger than a page, parts of pages for some segments beside
+whole prefixes of others) and what has to come with page peaks is read by Triton's kernels as ever.
 R rows, n planned rows, S segments, B block length, H query heads, G KV heads, D head dim.
 """
 
@@ -105,7 +105,9 @@ class FlashInferBackend(DeviceBackend):
             return AttnState(*self._flashinfer.dense(self._whole_plan(group), q_RHD, pages))
         device_group = self._group(group)
         lists = None if whole else self._lists(plan, group, device_group)
-        if lists is not None and not self._flashinfer.can_list(lists):
+        # In lists of parts of pages a whole prefix would have to be spelled out.
+        apart = lists is not None and lists.granule < self.pool.page_size and plan.kv is not None and any(plan.kv.whole)
+        if lists is not None and (apart or not self._flashinfer.can_list(lists)):
             return super().prefix(layer, q_RHD, plan, group)
         where = (device_group.planned(plan.rows), pages, device_group.segments, lists)
         return AttnState(*self._flashinfer.listed(q_RHD, *where))

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 LEAST_PREFIX = 1024  # tokens; smaller buckets would save nothing
 PARTS = 2  # along the keys, of the attention of as many rows as fill a device; fewer rows in more parts take no more
 GRAPH_ROOM = 256 << 20  # for the graphs themselves, a few MiB each
+PATIENCE = 3
+MOST_KNOWN = 64
 
 
 class Recording(Protocol):
@@ -80,11 +82,20 @@ class _Graph:
     hidden_TC: Tensor | None = None
 
 
+@dataclass(eq=False)
+class _Known:
+    """A bucket that was wanted."""
+
+    wishes: int = 0
+    graph: _Graph | None = None
+
+
 class DenoiseGraphs:
-    """The recordings of one runner, each made when it is first wanted.
+    """The recordings of one runner, each made when it has been wanted several times.
 
     tensors: makes a batch of work items. spare_slot: of method state, for padding. most: segments of the largest
-    bucket.
+    bucket. patience: wishes before a recording is made, since that takes as long as some steps. There are never more
+    than MOST_KNOWN: requests choose options, and must not fill the memory with them.
     """
 
     def __init__(
@@ -96,31 +107,45 @@ class DenoiseGraphs:
         recorder: Recorder,
         spare_slot: int,
         most: int,
+        patience: int = PATIENCE,
     ) -> None:
         assert backend.recordable and most > 0
         self._model, self._backend, self._methods = model, backend, methods
         self._tensors, self._recorder, self._spare, self.most = tensors, recorder, spare_slot, most
-        self._graphs: dict[Bucket, _Graph] = {}
+        self._patience = patience
+        self._known: dict[Bucket, _Known] = {}  # the one wanted last comes last
         self.runs = 0
 
-    def __len__(self) -> int:
-        """Recordings so far."""
-        return len(self._graphs)
+    @property
+    def recorded(self) -> tuple[Bucket, ...]:
+        """What there is a recording for."""
+        return tuple(bucket for bucket, known in self._known.items() if known.graph is not None)
 
     def run(self, items: Sequence[WorkItem]) -> Replayed | None:
-        """The round by a recording, or None if there can be none of it."""
+        """The round by a recording, or None if there is none of it."""
         bucket = self._bucket(items)
-        if bucket is None:
+        graph = None if bucket is None else self._wanted(bucket)
+        if bucket is None or graph is None:
             return None
-        graph = self._graphs.get(bucket)
-        if graph is None:
-            graph = self._graphs[bucket] = self._record(bucket)
         batch, attend = self._load(graph, bucket, items)
         assert graph.recording is not None and graph.hidden_TC is not None
         graph.recording.replay()
         self.runs += 1
         attend.count_like(graph.attend)
         return Replayed(batch, graph.hidden_TC, attend)
+
+    def _wanted(self, bucket: Bucket) -> _Graph | None:
+        """The recording for a bucket, if there is one now."""
+        known = self._known[bucket] = self._known.pop(bucket, None) or _Known()
+        if len(self._known) > MOST_KNOWN:
+            del self._known[next(iter(self._known))]
+        known.wishes += 1
+        if known.wishes == self._patience:
+            try:
+                known.graph = self._record(bucket)
+            except Exception:  # nothing of any request was touched, and the step can be run as ever
+                logger.exception("later steps of %s could not be recorded; they run eagerly", bucket)
+        return known.graph
 
     def _bucket(self, items: Sequence[WorkItem]) -> Bucket | None:
         sparse = [item.sparse for item in items if item.mode is ForwardMode.DENOISE and item.sparse is not None]
@@ -137,9 +162,13 @@ class DenoiseGraphs:
                 return None
         block = self._model.config.block_length
         active = max(most_active(p.active, block) for p in sparse) if method.has_active_rows else block
-        unit = max(self._backend.pool.page_size, block)
+        page = self._backend.pool.page_size
+        unit = max(page, block)
         prefix = unit * _power_of_two(-(-max(LEAST_PREFIX, *starts) // unit))
-        return Bucket(name, options, min(self.most, _power_of_two(len(items))), prefix, max(budgets), active)
+        # Bounds in few sizes; that of the budget must not cover the bound of the prefix.
+        budget = min(page * _power_of_two(-(-max(budgets) // page)), prefix - page) if method.has_budget else 0
+        active = min(block, _power_of_two(active)) if active else 0
+        return Bucket(name, options, min(self.most, _power_of_two(len(items))), prefix, budget, active)
 
     def _record(self, bucket: Bucket) -> _Graph:
         """Made on padding alone: it runs, but reads and writes nothing that is anybody's."""

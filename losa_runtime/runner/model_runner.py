@@ -18,7 +18,7 @@ from losa_runtime.cache.transfer import vectors_to_device
 from losa_runtime.core.batch import ForwardBatch, ForwardMode, Segment
 from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem, nothing
 from losa_runtime.models.model import BlockDiffusionModel
-from losa_runtime.runner.graphs import DenoiseGraphs, Recorder
+from losa_runtime.runner.graphs import PATIENCE, DenoiseGraphs, Recorder
 from losa_runtime.runner.unmask import Unmasker
 from losa_runtime.sparse.attend import SparseAttend
 from losa_runtime.sparse.density import SegmentReport
@@ -54,10 +54,10 @@ class ModelRunner:
         self.graphs: DenoiseGraphs | None = None
         self.forward_s = 0.0
 
-    def record_steps(self, recorder: Recorder, spare_slot: int, most: int) -> None:
-        """From now on run later steps of up to `most` segments by recordings, where there can be any."""
+    def record_steps(self, recorder: Recorder, spare_slot: int, most: int, patience: int = PATIENCE) -> None:
+        """From now on run later steps of up to `most` segments by recordings, where there can be any. See there."""
         about = (self.model, self.backend, self.methods, self.tensors)
-        self.graphs = DenoiseGraphs(*about, recorder, spare_slot, most)
+        self.graphs = DenoiseGraphs(*about, recorder, spare_slot, most, patience)
 
     def release(self, slots: Iterable[int]) -> None:
         """Forget the method state of these slots, whether or not there is any."""

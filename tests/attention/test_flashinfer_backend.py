@@ -86,7 +86,7 @@ def test_whole_prefixes_are_planned_once_for_all_layers(pool: KVPool) -> None:
 @pytest.mark.parametrize("heads", [G, H])
 @pytest.mark.parametrize("granule", [PAGE, 1])
 def test_lists(pool: KVPool, heads: int, granule: int) -> None:
-    """For some rows and for all; one segment reads everything, one has lists that are empty."""
+    """For some rows and for all; one segment reads everything if lists are of pages, one has lists that are empty."""
     group = group_of(pool, (20, B), (33, B), (8, B))
     backend, reference, q = FlashInferBackend(pool, H), TorchBackend(pool, H), queries(group)
     width = -(-33 // granule)
@@ -94,7 +94,7 @@ def test_lists(pool: KVPool, heads: int, granule: int) -> None:
     chosen[0, :, -(-20 // granule) :] = chosen[2] = False
     chosen[0, :, -(-20 // granule) - 1] = True
     chosen[1] = False
-    kv = KVIndices.from_mask(chosen, (False, True, False))
+    kv = KVIndices.from_mask(chosen, (False, granule == PAGE, False))
     FakeWrapper.made = 0
     for rows in (None, torch.tensor([0, 3, 5, 9], device=DEVICE)):
         plan = PrefixPlan(rows, kv, granule)
@@ -108,7 +108,9 @@ def test_what_it_has_no_layout_for_is_left_to_triton(pool: KVPool) -> None:
     FakeWrapper.made = 0
     own = KVIndices.from_mask(torch.rand(2 * B, G, 3, device=DEVICE) < 0.5, (False, False), per_row=True)
     large = KVIndices.from_mask(torch.ones(2, G, 2, dtype=torch.bool, device=DEVICE), (False, False))
-    for plan in (PrefixPlan(None, own, PAGE), PrefixPlan(None, large, 2 * PAGE)):
+    spelled = torch.tensor([0, 1, 2, 2, 2], device=DEVICE), torch.tensor([3, 9], device=DEVICE)
+    apart = KVIndices(*spelled, G, (False, True))
+    for plan in (PrefixPlan(None, own, PAGE), PrefixPlan(None, large, 2 * PAGE), PrefixPlan(None, apart, 1)):
         close(backend.settle(backend.prefix(0, q, plan, group)), reference.prefix(0, q, plan, group))
     peaks = [torch.empty(2 * B, H, 5, device=DEVICE) for _ in range(2)]
     found = [x.prefix(0, q, PrefixPlan(peaks=mine), group) for x, mine in zip((backend, reference), peaks, strict=True)]

@@ -19,6 +19,7 @@ from losa_runtime.cache.kv_pool import KVPool
 from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
 from losa_runtime.core.work import BlockResult, Round, SegmentCost, WorkItem, nothing
 from losa_runtime.models.random_checkpoint import random_model
+from losa_runtime.runner.graphs import Recorder
 from losa_runtime.runner.model_runner import ModelRunner
 from losa_runtime.sparse.memory import Geometry
 from losa_runtime.sparse.method import declared_summaries, make_methods, method_class
@@ -140,3 +141,38 @@ class StepWorld:
 def params(method: str, budget: int = 16, rule: ActiveRule = ONE_ROW, **options: Any) -> SparseParams:
     """Settled parameters."""
     return SparseParams(method, budget, rule, method_class(method).Options(**options), B)
+
+
+PREFIXES = (60, 44, 28, 84)
+Asked = Sequence[tuple[int, SparseParams]]  # requests and their parameters
+Pair = tuple[StepWorld, StepWorld]  # one that records, one that does not
+
+
+def make_pair(recorder: Recorder, backend: Callable[[KVPool, int], AttentionBackend], *about: Any, **more: Any) -> Pair:
+    """Both with the same numbers."""
+    recording, eager = (StepWorld(PREFIXES, backend, *about, **more) for _ in range(2))
+    recording.runner.record_steps(recorder, SPARE, most=4, patience=1)
+    return recording, eager
+
+
+def play(worlds: Pair, step: int, asked: Asked, tolerance: float = 1e-5) -> None:
+    """One round in both, compared."""
+    got, want = (world.run([world.item(request, step, about) for request, about in asked]) for world in worlds)
+    torch.testing.assert_close(got.hidden_RC, want.hidden_RC, rtol=10 * tolerance, atol=tolerance)
+    assert got.costs == want.costs
+
+
+def check_states(worlds: Pair, tolerance: float = 1e-5) -> None:
+    """All that methods remember, and the pages."""
+    for got, want in zip(*(world.states() for world in worlds), strict=True):
+        torch.testing.assert_close(got, want, rtol=10 * tolerance, atol=tolerance)
+    for layer in range(worlds[0].pool.num_layers):
+        for got, want in zip(*((w.pool.k(layer), w.pool.v(layer)) for w in worlds), strict=True):
+            torch.testing.assert_close(got, want, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def recorded(worlds: Pair) -> list[tuple[str, int, int, int]]:
+    """Method, segments, prefix tokens and rows per segment of each recording."""
+    found = worlds[0].runner.graphs
+    assert found is not None
+    return [(bucket.method, bucket.segments, bucket.prefix, bucket.active) for bucket in found.recorded]

@@ -6,7 +6,7 @@ written anew shows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,37 +25,33 @@ from losa_runtime.runner import graphs
 from losa_runtime.sparse.method import METHODS, method_class
 from losa_runtime.sparse.step import DenoiseStep
 from tests.attention import fake_flashinfer
-from tests.runner.steps import PAGE, SIZES, SPARE, Seen, StepWorld, TapeRecorder, params
+from tests.runner.steps import (
+    PAGE,
+    PREFIXES,
+    SIZES,
+    SPARE,
+    Asked,
+    Pair,
+    StepWorld,
+    TapeRecorder,
+    check_states,
+    make_pair,
+    params,
+    play,
+    recorded,
+)
 
-PREFIXES = (60, 44, 28, 84)
+from tests.runner.tape import Tape
+
 TAU = ActiveRule("tau", 0.6)
 
-Asked = Sequence[tuple[int, SparseParams]]  # requests and their parameters
 
-
-def pair(layers: int = 1) -> tuple[StepWorld, StepWorld]:
+def pair(layers: int = 1) -> Pair:
     """One that records, one that does not."""
-    recording, eager = (StepWorld(PREFIXES, TritonBackend, layers) for _ in range(2))
-    recording.runner.record_steps(TapeRecorder(), SPARE, most=4)
-    return recording, eager
+    return make_pair(TapeRecorder(), TritonBackend, layers)
 
 
-def close(got: Seen, want: Seen) -> None:
-    torch.testing.assert_close(got.hidden_RC, want.hidden_RC, rtol=1e-4, atol=1e-5)
-    assert got.costs == want.costs
-
-
-def play(worlds: tuple[StepWorld, StepWorld], step: int, asked: Asked) -> None:
-    """One round in both, compared."""
-    close(*(world.run([world.item(request, step, about) for request, about in asked]) for world in worlds))
-
-
-def check_states(worlds: tuple[StepWorld, StepWorld]) -> None:
-    for got, want in zip(*(world.states() for world in worlds), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-def play_twice(worlds: tuple[StepWorld, StepWorld], asked: Asked) -> None:
+def play_twice(worlds: Pair, asked: Asked) -> None:
     for step in (1, 2):
         play(worlds, step, asked)
         check_states(worlds)
@@ -64,13 +60,6 @@ def play_twice(worlds: tuple[StepWorld, StepWorld], asked: Asked) -> None:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "LEAST_PREFIX", 64)
-
-
-def recorded(worlds: tuple[StepWorld, StepWorld]) -> list[tuple[str, int, int, int]]:
-    """Method, segments, prefix tokens and rows per segment of each recording."""
-    found = worlds[0].runner.graphs
-    assert found is not None
-    return [(bucket.method, bucket.segments, bucket.prefix, bucket.active) for bucket in found._graphs]
 
 
 def test_losa_with_other_requests_lengths_rules_and_budgets() -> None:
@@ -197,7 +186,7 @@ def test_an_engine_answers_the_same(tmp_path: Path) -> None:
         llm = LLM(model=str(tmp_path), max_running_requests=3, **options)
         runner = llm.engine.parts.runner
         if recording:
-            runner.record_steps(TapeRecorder(), spare_slot=2, most=2)
+            runner.record_steps(TapeRecorder(), spare_slot=2, most=2, patience=1)
         pairs = [llm.generate(some, params) for some, params in ((prompts[:2], asked[:2]), (prompts[2:], asked[2:]))]
         told.append([(answer.token_ids, answer.stats.kv_bytes) for answers in pairs for answer in answers])
         if recording:
@@ -219,11 +208,52 @@ def test_options_for_what_is_not_there_are_refused(tmp_path: Path) -> None:
 def test_flashinfer_is_recorded_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its plans for lists are made before; a whole prefix, whose length only the device knows, is a list."""
     fake_flashinfer.install(monkeypatch)
-    worlds = tuple(StepWorld(PREFIXES, FlashInferBackend, dtype=torch.float16, head_dim=64) for _ in range(2))
-    worlds[0].runner.record_steps(TapeRecorder(), SPARE, most=4)
+    worlds = make_pair(TapeRecorder(), FlashInferBackend, dtype=torch.float16, head_dim=64)
     for step, requests in ((0, (0, 1, 2)), (1, (0, 1, 2)), (2, (2, 1, 0))):
-        asked = [(request, params(method)) for request in requests]
-        got, want = (w.run([w.item(request, step, about) for request, about in asked]) for w in worlds)
-        torch.testing.assert_close(got.hidden_RC, want.hidden_RC, rtol=2e-2, atol=2e-2)
-        assert got.costs == want.costs
-    assert recorded(worlds) == [(method, 4, 64, 1 if method == "losa" else 4)]  # type: ignore[arg-type]
+        play(worlds, step, [(request, params(method)) for request in requests], tolerance=2e-2)
+    assert recorded(worlds) == [(method, 4, 64, 1 if method == "losa" else 4)]
+
+
+class Fussy:
+    """Records on a tape, unless it is told that it cannot; counts."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.made = fails, 0
+
+    def record(self, run: Callable[[], None]) -> Tape:
+        self.made += 1
+        if self.fails:
+            raise RuntimeError("the stream cannot be captured")
+        return TapeRecorder().record(run)
+
+
+def test_a_recording_is_made_when_it_has_been_wanted_several_times() -> None:
+    world, about = StepWorld(PREFIXES, TritonBackend), params("dense")
+    recorder = Fussy()
+    world.runner.record_steps(recorder, SPARE, most=4)
+    found = world.runner.graphs
+    assert found is not None
+    for step in range(1, 5):
+        world.run([world.item(0, step, about)])
+        assert recorder.made == len(found.recorded) == (step >= graphs.PATIENCE)
+    assert found.runs == 2
+
+
+def test_recordings_that_have_not_been_wanted_for_long_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests choose options, so they could ask for any number of them."""
+    monkeypatch.setattr(graphs, "MOST_KNOWN", 2)
+    recorder = Fussy()
+    worlds = make_pair(recorder, TritonBackend)
+    kinds = [params("quest", 16, dense_layers=layers) for layers in range(3)]
+    for step, kind in enumerate((0, 1, 0, 2, 0, 1), start=1):
+        play(worlds, step, [(0, kinds[kind])])
+    assert recorder.made == 4 and len(recorded(worlds)) == 2
+
+
+def test_a_step_that_cannot_be_recorded_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Fussy(fails=True)
+    worlds = make_pair(recorder, TritonBackend)
+    for step in range(1, 4):
+        play(worlds, step, [(0, params("quest", 16))])
+    assert recorder.made == 1 and recorded(worlds) == []
+    assert "could not be recorded; they run eagerly" in caplog.text and "cannot be captured" in caplog.text

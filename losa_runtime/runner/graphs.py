@@ -118,7 +118,7 @@ class DenoiseGraphs:
 
     @property
     def recorded(self) -> tuple[Bucket, ...]:
-        """What there is a recording for."""
+        """What there is a recording for, the one wanted last at the end."""
         return tuple(bucket for bucket, known in self._known.items() if known.graph is not None)
 
     def run(self, items: Sequence[WorkItem]) -> Replayed | None:
@@ -136,7 +136,8 @@ class DenoiseGraphs:
 
     def _wanted(self, bucket: Bucket) -> _Graph | None:
         """The recording for a bucket, if there is one now."""
-        known = self._known[bucket] = self._known.pop(bucket, None) or _Known()
+        known = self._known.pop(bucket) if bucket in self._known else _Known()
+        self._known[bucket] = known
         if len(self._known) > MOST_KNOWN:
             del self._known[next(iter(self._known))]
         known.wishes += 1

@@ -40,7 +40,6 @@ from tests.runner.steps import (
     play,
     recorded,
 )
-
 from tests.runner.tape import Tape
 
 TAU = ActiveRule("tau", 0.6)
@@ -71,12 +70,12 @@ def test_losa_with_other_requests_lengths_rules_and_budgets() -> None:
     play(worlds, 2, [(2, share), (0, wide), (1, small)])
     play(worlds, 3, [(1, share)])
     play(worlds, 4, [(0, share), (2, wide), (1, small)])
-    assert recorded(worlds) == [("losa", 4, 64, 4), ("losa", 1, 64, 4)]
+    assert set(recorded(worlds)) == {("losa", 4, 64, 4), ("losa", 1, 64, 4)}
     for world in worlds:
         world.grow(0, 8)
     play(worlds, 0, [(0, small)])
     play(worlds, 1, [(0, small), (1, wide)])
-    assert recorded(worlds)[2:] == [("losa", 2, 128, 2)]
+    assert set(recorded(worlds)) == {("losa", 4, 64, 4), ("losa", 1, 64, 4), ("losa", 2, 128, 2)}
     check_states(worlds)
 
 
@@ -89,7 +88,7 @@ def test_other_methods_and_options(about: SparseParams) -> None:
     for step, requests in ((1, [0, 1, 2]), (2, [1, 2]), (3, [2, 0, 1])):
         play(worlds, step, [(request, about) for request in requests])
     rows = 1 if about.method == "losa" else 4
-    assert recorded(worlds) == [(about.method, 4, 64, rows), (about.method, 2, 64, rows)]
+    assert set(recorded(worlds)) == {(about.method, 4, 64, rows), (about.method, 2, 64, rows)}
     check_states(worlds)
 
 

@@ -24,14 +24,14 @@ from losa_runtime.cache.radix import TokenIds
 from losa_runtime.core.batch import ForwardMode
 from losa_runtime.core.errors import InvalidRequest, QueueFull
 from losa_runtime.core.request import FinishReason, RequestOutput
-from losa_runtime.core.work import BlockResult, Ids, Round, WorkItem
-from losa_runtime.scheduler.block import DiffusionBlock
+from losa_runtime.core.work import BlockResult, Round, WorkItem
 from losa_runtime.scheduler.outbox import Outbox
 from losa_runtime.scheduler.policy import Policy, in_order
 from losa_runtime.scheduler.progress import Step, error, judge
 from losa_runtime.scheduler.req import Req
 from losa_runtime.scheduler.scoring import positions_of_round
 from losa_runtime.scheduler.trial import Trial
+from losa_runtime.scheduler.work_items import WorkItems
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class Scheduler:
         self._released: list[int] = []  # slots whose method state is still to be forgotten
         self._told = 0  # of those, in the current round
         self._in_round: list[tuple[Req, WorkItem]] = []
+        self._items = WorkItems(limits.block_length, limits.mask_token_id, cache.page_size)
         self._outbox = Outbox()
         self._trial = Trial()
         self.prompt_tokens = self.hit_tokens = self.retractions = 0
@@ -125,27 +126,39 @@ class Scheduler:
             if req.prefilling:
                 continue
             if req.unscored:
-                scores = self._score_items(req, scored[req.request.rid])
+                scores = self._items.scores(req, scored[req.request.rid])
                 budget -= sum(item.tokens.size for item in scores)
                 blocks.extend((req, item) for item in scores)
             elif req.block is not None and req.block.complete:
-                stores.append((req, self._commit_item(req, req.block)))
+                stores.append((req, self._items.commit(req, req.block)))
                 if self.limits.fuse_commit:
                     req.opening = req.open_block(req.block.start + self.limits.block_length, self.limits.mask_token_id)
-                    blocks.append((req, self._block_item(req, req.opening)))
+                    blocks.append((req, self._items.block(req, req.opening)))
             elif req.settings.limit > req.prompt_len:
                 if req.block is None:
                     req.block = req.open_block(req.committed, self.limits.mask_token_id)
-                blocks.append((req, self._block_item(req, req.block)))
+                blocks.append((req, self._items.block(req, req.block)))
         # At least a block: with a budget of one block, scoring's half is rounded up to all of it.
         budget = max(budget, self.limits.block_length)
         for req in reqs:
-            item = self._prefill_item(req, budget) if req.prefilling else None
+            item = self._items.prefill(req, budget) if req.prefilling else None
             if item is not None:
                 budget -= item.tokens.size
                 stores.append((req, item))
         self._in_round, self._told = stores + blocks, len(self._released)
         return Round(tuple(item for _, item in self._in_round), tuple(self._released))
+
+    def _positions_to_score(self, reqs: Sequence[Req]) -> dict[str, int]:
+        """How many, by request; those that are still prefilled have none."""
+        scoring = [req for req in reqs if req.unscored and not req.prefilling]
+        counts = positions_of_round(
+            [len(req.unscored) for req in scoring],
+            [req.unscored.start for req in scoring],
+            self.limits.prefill_budget,
+            self.limits.block_length,
+            alone=len(scoring) == len(reqs),
+        )
+        return {req.request.rid: count for req, count in zip(scoring, counts, strict=True)}
 
     def commit(self, results: list[BlockResult]) -> list[RequestOutput]:
         """Take in the results of the round, one per segment in order, and report what is new."""
@@ -364,72 +377,6 @@ class Scheduler:
         self.running.remove(req)
         self._slots.append(req.slot)
         self._released.append(req.slot)
-
-    # -- work items -------------------------------------------------------------------------------------------------
-
-    def _prefill_item(self, req: Req, budget: int) -> WorkItem | None:
-        size = min(req.prefill_target - req.committed, budget - budget % self.limits.block_length)
-        if size <= 0:
-            return None
-        tokens = req.tokens[req.committed : req.committed + size].astype(np.int64)
-        return WorkItem(ForwardMode.PREFILL, tokens, req.committed, self._table(req, req.committed + size))
-
-    def _commit_item(self, req: Req, block: DiffusionBlock) -> WorkItem:
-        table = self._table(req, block.start + block.tokens.size)
-        return WorkItem(ForwardMode.COMMIT, block.tokens.copy(), block.start, table)
-
-    def _block_item(self, req: Req, block: DiffusionBlock) -> WorkItem:
-        return WorkItem(
-            mode=ForwardMode.OPEN if block.step == 0 else ForwardMode.DENOISE,
-            tokens=block.tokens.copy(),
-            start=block.start,
-            pages=self._table(req, block.start),
-            slot=req.slot,
-            step=block.step,
-            candidates=block.candidates,
-            known=block.known,
-            sparse=req.settings.sparse,
-            decoding=req.settings.decoding,
-            context=req.row_context(),
-            unmasked=block.unmasked,
-        )
-
-    def _positions_to_score(self, reqs: Sequence[Req]) -> dict[str, int]:
-        """How many, by request; those that are still prefilled have none."""
-        scoring = [req for req in reqs if req.unscored and not req.prefilling]
-        counts = positions_of_round(
-            [len(req.unscored) for req in scoring],
-            [req.unscored.start for req in scoring],
-            self.limits.prefill_budget,
-            self.limits.block_length,
-            alone=len(scoring) == len(reqs),
-        )
-        return {req.request.rid: count for req, count in zip(scoring, counts, strict=True)}
-
-    def _score_items(self, req: Req, count: int) -> list[WorkItem]:
-        """One segment per scored position: its block with everything from that position on masked."""
-        b = self.limits.block_length
-        items = []
-        for position in req.unscored[:count]:
-            start, offset = position - position % b, position % b
-            tokens = np.full(b, self.limits.mask_token_id, dtype=np.int64)
-            tokens[:offset] = req.tokens[start:position]
-            items.append(
-                WorkItem(
-                    mode=ForwardMode.SCORE,
-                    tokens=tokens,
-                    start=start,
-                    pages=self._table(req, start),
-                    candidates=np.array([offset], dtype=np.int64),
-                    target=int(req.tokens[position]),
-                    context=req.row_context(),
-                )
-            )
-        return items
-
-    def _table(self, req: Req, tokens: int) -> Ids:
-        assert req.lease is not None
-        return req.lease.pages[: self._pages(tokens)]
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.cache.page_size)

@@ -1,0 +1,75 @@
+"""What a request asks of the next forward, as work items. Decides nothing: what is due, and how much, is said.
+
+Each is of one request, which has its lease, and names the pages of all tokens up to the end of what it reads or stores.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from losa_runtime.core.batch import ForwardMode
+from losa_runtime.core.work import Ids, WorkItem
+from losa_runtime.scheduler.block import DiffusionBlock
+from losa_runtime.scheduler.req import Req
+
+
+class WorkItems:
+    """Writes them for a model with this block length and mask, over pages of this many tokens."""
+
+    def __init__(self, block_length: int, mask_token_id: int, page_size: int) -> None:
+        self._block_length, self._mask, self._page_size = block_length, mask_token_id, page_size
+
+    def prefill(self, req: Req, budget: int) -> WorkItem | None:
+        """The next whole blocks of the prompt, within `budget` tokens; None if not even one fits."""
+        size = min(req.prefill_target - req.committed, budget - budget % self._block_length)
+        if size <= 0:
+            return None
+        tokens = req.tokens[req.committed : req.committed + size].astype(np.int64)
+        return WorkItem(ForwardMode.PREFILL, tokens, req.committed, self._table(req, req.committed + size))
+
+    def commit(self, req: Req, block: DiffusionBlock) -> WorkItem:
+        """A finished block, to be stored."""
+        table = self._table(req, block.start + block.tokens.size)
+        return WorkItem(ForwardMode.COMMIT, block.tokens.copy(), block.start, table)
+
+    def block(self, req: Req, block: DiffusionBlock) -> WorkItem:
+        """A step of an unfinished block."""
+        return WorkItem(
+            mode=ForwardMode.OPEN if block.step == 0 else ForwardMode.DENOISE,
+            tokens=block.tokens.copy(),
+            start=block.start,
+            pages=self._table(req, block.start),
+            slot=req.slot,
+            step=block.step,
+            candidates=block.candidates,
+            known=block.known,
+            sparse=req.settings.sparse,
+            decoding=req.settings.decoding,
+            context=req.row_context(),
+            unmasked=block.unmasked,
+        )
+
+    def scores(self, req: Req, count: int) -> list[WorkItem]:
+        """One segment for each of the next `count` positions to be scored: its block, all of it masked from there on."""
+        b = self._block_length
+        items = []
+        for position in req.unscored[:count]:
+            start, offset = position - position % b, position % b
+            tokens = np.full(b, self._mask, dtype=np.int64)
+            tokens[:offset] = req.tokens[start:position]
+            items.append(
+                WorkItem(
+                    mode=ForwardMode.SCORE,
+                    tokens=tokens,
+                    start=start,
+                    pages=self._table(req, start),
+                    candidates=np.array([offset], dtype=np.int64),
+                    target=int(req.tokens[position]),
+                    context=req.row_context(),
+                )
+            )
+        return items
+
+    def _table(self, req: Req, tokens: int) -> Ids:
+        assert req.lease is not None
+        return req.lease.pages[: -(-tokens // self._page_size)]

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from benchmarks import attention_data as data
 from benchmarks.attention_clock import clock_for
-from losa_runtime.attention.backend import AttentionBackend, BackendConfig, make_backend
+from losa_runtime.attention.backend import AttentionBackend, BackendConfig
+from losa_runtime.attention.registry import make_backend
 from losa_runtime.cache import host_memory
 from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.core.batch import ActiveRule, ForwardBatch, ForwardMode, Segment, SparseParams

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from losa_runtime.attention.backend import BackendConfig, make_backend
+from losa_runtime.attention.backend import BackendConfig
+from losa_runtime.attention.registry import make_backend
 from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
 from losa_runtime.core.decoding_params import DecodingParams

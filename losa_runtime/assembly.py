@@ -14,7 +14,8 @@ import psutil
 import torch
 
 import losa_runtime
-from losa_runtime.attention.backend import BackendConfig, make_backend, own_bytes
+from losa_runtime.attention.backend import BackendConfig
+from losa_runtime.attention.registry import make_backend, own_bytes
 from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.cache.prefix_cache import PrefixCache
 from losa_runtime.core.batch import SparseParams

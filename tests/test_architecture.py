@@ -19,7 +19,7 @@ import grimp
 import pytest
 from importlinter.cli import lint_imports
 
-from losa_runtime.attention.backend import BACKENDS
+from losa_runtime.attention.registry import BACKENDS
 from losa_runtime.decoding.registry import ALGORITHMS
 from losa_runtime.models.model import FAMILIES
 from losa_runtime.sparse.method import METHODS

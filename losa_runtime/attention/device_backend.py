@@ -36,12 +36,12 @@ from losa_kernels.triton.prefix import (
 from losa_kernels.triton.scores import page_scores
 from losa_kernels.triton.store import store_rows
 from losa_kernels.triton.unite import page_lists
-from losa_runtime.attention.backend import (
+from losa_runtime.attention.backend import AttentionBackend, BackendConfig
+from losa_runtime.attention.device_group import DeviceGroup, stored_tiles
+from losa_runtime.attention.questions import (
     ActiveRules,
-    AttentionBackend,
     AttnParts,
     AttnState,
-    BackendConfig,
     KVIndices,
     PageChoice,
     PerSegment,
@@ -53,7 +53,6 @@ from losa_runtime.attention.backend import (
     ScoreKind,
     SelectedPages,
 )
-from losa_runtime.attention.device_group import DeviceGroup, stored_tiles
 from losa_runtime.cache.kv_pool import KVPool, Summary
 
 LEAST_CAPABILITY = (8, 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from losa_kernels.triton.layout import Planned, Segments
 from losa_kernels.triton.prefill import StoredRows, Tiles, tile_numbers
-from losa_runtime.attention.backend import RowGroup, Rows
+from losa_runtime.attention.questions import RowGroup, Rows
 from losa_runtime.cache.transfer import to_device, vectors_to_device
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from losa_kernels.triton.merge import merge_states
-from losa_runtime.attention.backend import AttnState, BackendConfig, PrefixPlan, PrefixState, RowGroup
+from losa_runtime.attention.backend import BackendConfig
 from losa_runtime.attention.device_backend import DeviceBackend, processors_of
 from losa_runtime.attention.flashinfer_attention import DensePlan, FlashInferAttention, Span, workspace_bytes
 from losa_runtime.attention.flashinfer_interface import load_wrapper
+from losa_runtime.attention.questions import AttnState, PrefixPlan, PrefixState, RowGroup
 from losa_runtime.cache.kv_pool import KVPool
 from losa_runtime.cache.transfer import queued
 from losa_runtime.core.errors import ConfigError

@@ -18,11 +18,10 @@ from losa_kernels.native import attention, mass, selection, store
 from losa_kernels.native.attention import PEAK_CHUNK
 from losa_kernels.native.layout import Pages, Segments
 from losa_kernels.native.library import DTYPES, MAX_HEAD_DIM, Kernels, NativeUnavailable
-from losa_runtime.attention.backend import (
+from losa_runtime.attention.backend import AttentionBackend, BackendConfig
+from losa_runtime.attention.questions import (
     ActiveRules,
-    AttentionBackend,
     AttnState,
-    BackendConfig,
     KVIndices,
     PageChoice,
     PerSegment,

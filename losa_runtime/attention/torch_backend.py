@@ -14,15 +14,8 @@ from torch import Tensor
 
 from losa_kernels.reference import attention as ref
 from losa_kernels.reference import paging, selection
-from losa_runtime.attention.backend import (
-    AttentionBackend,
-    AttnState,
-    BackendConfig,
-    KVIndices,
-    PrefixPlan,
-    RowGroup,
-    ScoreKind,
-)
+from losa_runtime.attention.backend import AttentionBackend, BackendConfig
+from losa_runtime.attention.questions import AttnState, KVIndices, PrefixPlan, RowGroup, ScoreKind
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.batch import Segment
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState, RenewedStates, RowGroup
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import PrefixPlan, PrefixState, RenewedStates, RowGroup
 from losa_runtime.core.batch import ForwardBatch, ForwardMode, Segment, SparseParams
 from losa_runtime.sparse.density import PrefixMeter, SegmentReport
 from losa_runtime.sparse.method import SparseMethod

@@ -38,7 +38,8 @@ from pydantic import Field
 from torch import Tensor
 
 from losa_kernels.reference.selection import top_pages
-from losa_runtime.attention.backend import AttentionBackend, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import PrefixPlan
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.errors import InvalidRequest

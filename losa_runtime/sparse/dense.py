@@ -7,7 +7,8 @@ from typing import ClassVar
 from pydantic import BaseModel
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import PrefixPlan
 from losa_runtime.sparse.method import SparseMethod
 from losa_runtime.sparse.step import DenoiseStep
 

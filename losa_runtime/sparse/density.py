@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels.triton.layout import Planned
-from losa_runtime.attention.backend import KVIndices, PrefixPlan, RowGroup, Rows
+from losa_runtime.attention.questions import KVIndices, PrefixPlan, RowGroup, Rows
 from losa_runtime.cache.kv_pool import SUMMARY_VECTORS, KVPool
 from losa_runtime.cache.transfer import to_device
 from losa_runtime.core.batch import Segment

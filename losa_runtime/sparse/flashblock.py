@@ -19,7 +19,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState, RenewedStates
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import PrefixPlan, PrefixState, RenewedStates
 from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import BlockMemory, Geometry
 from losa_runtime.sparse.method import MethodOptions, SparseMethod

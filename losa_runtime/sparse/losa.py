@@ -24,7 +24,8 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState, RenewedStates, Rows
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import PrefixPlan, PrefixState, RenewedStates, Rows
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import BlockMemory, Geometry

@@ -35,7 +35,8 @@ from pydantic import Field
 from torch import Tensor
 
 from losa_kernels.reference.attention import merge_states, remove_state
-from losa_runtime.attention.backend import AttentionBackend, AttnState, PrefixPlan, PrefixState, RenewedStates
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import AttnState, PrefixPlan, PrefixState, RenewedStates
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists, RowQueries, RowStates
 from losa_runtime.sparse.method import MethodOptions, SparseMethod

@@ -27,7 +27,8 @@ from pydantic import Field
 from torch import Tensor
 
 from losa_kernels.reference.selection import share_scores, top_pages
-from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import PrefixPlan, PrefixState
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.errors import InvalidRequest
 from losa_runtime.core.sampling_params import MAX_COUNT

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttnState, KVIndices, PrefixState, RenewedStates, Rows
+from losa_runtime.attention.questions import AttnState, KVIndices, PrefixState, RenewedStates, Rows
 from losa_runtime.sparse.step import DenoiseStep
 
 

@@ -14,7 +14,8 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState, RenewedStates
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import PrefixPlan, PrefixState, RenewedStates
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.sparse.memory import BlockMemory, Geometry

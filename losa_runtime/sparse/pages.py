@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, PageChoice, PrefixPlan, Rows
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import PageChoice, PrefixPlan, Rows
 from losa_runtime.core.sampling_params import MAX_COUNT
 from losa_runtime.sparse.memory import Geometry
 from losa_runtime.sparse.method import MethodOptions

@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, PrefixPlan
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import PrefixPlan
 from losa_runtime.cache.kv_pool import Summary
 from losa_runtime.sparse.method import MethodOptions, SparseMethod
 from losa_runtime.sparse.pages import PageOptions, plan_pages

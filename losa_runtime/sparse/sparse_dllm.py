@@ -24,7 +24,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from losa_kernels.reference.selection import top_pages
-from losa_runtime.attention.backend import AttentionBackend, PrefixPlan, PrefixState
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import PrefixPlan, PrefixState
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.sampling_params import MAX_COUNT, InvalidRequestValue
 from losa_runtime.sparse.memory import BlockMemory, Geometry, HeldLists

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from losa_runtime.attention.backend import ActiveRules, PerSegment, RowGroup
+from losa_runtime.attention.questions import ActiveRules, PerSegment, RowGroup
 from losa_runtime.cache.transfer import to_device, vectors_to_device
 from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
 from losa_runtime.sparse.density import PrefixMeter

@@ -13,18 +13,9 @@ from torch import Tensor
 from losa_kernels.reference import attention as ref
 from losa_kernels.reference.selection import page_scores
 from losa_runtime.attention import torch_backend
-from losa_runtime.attention.backend import (
-    AttentionBackend,
-    AttnState,
-    BackendConfig,
-    KVIndices,
-    PrefixPlan,
-    RenewedStates,
-    RowGroup,
-    ScoreKind,
-    backend_class,
-    make_backend,
-)
+from losa_runtime.attention.backend import AttentionBackend, BackendConfig
+from losa_runtime.attention.questions import AttnState, KVIndices, PrefixPlan, RenewedStates, RowGroup, ScoreKind
+from losa_runtime.attention.registry import backend_class, make_backend
 from losa_runtime.attention.torch_backend import TorchBackend
 from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.core.batch import ForwardMode, Segment

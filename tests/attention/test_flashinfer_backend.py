@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import BackendConfig, KVIndices, PrefixPlan, RowGroup, make_backend, own_bytes
+from losa_runtime.attention.backend import BackendConfig
 from losa_runtime.attention.flashinfer_backend import FlashInferBackend
+from losa_runtime.attention.questions import KVIndices, PrefixPlan, RowGroup
+from losa_runtime.attention.registry import make_backend, own_bytes
 from losa_runtime.attention.torch_backend import TorchBackend
 from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.core.batch import ForwardMode, Segment

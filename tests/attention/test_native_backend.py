@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from losa_kernels.native import library
-from losa_runtime.attention.backend import BackendConfig, PrefixPlan, RowGroup, make_backend
+from losa_runtime.attention.backend import BackendConfig
 from losa_runtime.attention.native_backend import NativeBackend
+from losa_runtime.attention.questions import PrefixPlan, RowGroup
+from losa_runtime.attention.registry import make_backend
 from losa_runtime.attention.torch_backend import TorchBackend
 from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.core.batch import ForwardMode, Segment

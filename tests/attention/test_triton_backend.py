@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from losa_kernels.triton.layout import Planned
-from losa_runtime.attention.backend import (
+from losa_runtime.attention.backend import BackendConfig
+from losa_runtime.attention.questions import (
     ActiveRules,
     AttnParts,
     AttnState,
-    BackendConfig,
     PerSegment,
     PrefixPlan,
     RenewedStates,
     RowGroup,
-    make_backend,
 )
+from losa_runtime.attention.registry import make_backend
 from losa_runtime.attention.torch_backend import TorchBackend
 from losa_runtime.attention.triton_backend import TritonBackend
 from losa_runtime.cache.kv_pool import KVPool, Summary

@@ -22,7 +22,7 @@ from benchmarks.quality.samples import LATE_KEY, documents
 from benchmarks.quality.scripts import Revealed, answers, late_keys
 from benchmarks.quality.settings import Decoding, Setting
 from benchmarks.quality.stage import Stage
-from losa_runtime.attention.backend import PerSegment
+from losa_runtime.attention.questions import PerSegment
 from losa_runtime.core.batch import SparseParams
 
 CONTEXT = 512

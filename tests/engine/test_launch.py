@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from losa_kernels.triton.launch import Launch, noted_launches
-from losa_runtime.attention.backend import PrefixPlan, PrefixState, RowGroup
+from losa_runtime.attention.questions import PrefixPlan, PrefixState, RowGroup
 from losa_runtime.attention.triton_backend import TritonBackend
 from losa_runtime.cache.kv_pool import KVPool
 from losa_runtime.core.batch import ForwardMode, SparseParams

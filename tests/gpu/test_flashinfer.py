@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import KVIndices, PrefixPlan, RowGroup
 from losa_runtime.attention.flashinfer_attention import FlashInferAttention
 from losa_runtime.attention.flashinfer_backend import FlashInferBackend
 from losa_runtime.attention.flashinfer_interface import load_wrapper
+from losa_runtime.attention.questions import KVIndices, PrefixPlan, RowGroup
 from losa_runtime.attention.torch_backend import TorchBackend
 from losa_runtime.cache.kv_pool import KVPool
 from losa_runtime.core.batch import ForwardMode, Segment

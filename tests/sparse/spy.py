@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from losa_kernels.triton.layout import Planned
-from losa_runtime.attention.backend import PrefixPlan, PrefixState, RowGroup
+from losa_runtime.attention.questions import PrefixPlan, PrefixState, RowGroup
 from tests.sparse.stage import Stage
 
 

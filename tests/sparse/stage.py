@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttentionBackend, BackendConfig, make_backend
+from losa_runtime.attention.backend import AttentionBackend, BackendConfig
+from losa_runtime.attention.registry import make_backend
 from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.core.batch import ActiveRule, ForwardBatch, ForwardMode, Segment, SparseParams
 from losa_runtime.sparse.attend import SparseAttend

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from losa_kernels.triton.layout import Planned
-from losa_runtime.attention.backend import KVIndices, PrefixPlan, RowGroup
+from losa_runtime.attention.questions import KVIndices, PrefixPlan, RowGroup
 from losa_runtime.cache.kv_pool import SUMMARY_VECTORS, KVPool
 from losa_runtime.core.batch import ForwardMode, Segment
 from losa_runtime.sparse.density import PrefixMeter

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import RowGroup
+from losa_runtime.attention.questions import RowGroup
 from losa_runtime.core.batch import ForwardMode, Segment, SparseParams
 from losa_runtime.sparse import losa_plus
 from losa_runtime.sparse.losa_plus import LosaPlus

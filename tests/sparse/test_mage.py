@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttnState, PrefixPlan, RowGroup
+from losa_runtime.attention.questions import AttnState, PrefixPlan, RowGroup
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import InvalidRequest

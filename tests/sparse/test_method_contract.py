@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import PrefixPlan, PrefixState, RowGroup
+from losa_runtime.attention.questions import PrefixPlan, PrefixState, RowGroup
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.sparse.method import METHODS, method_class
 from tests.sparse.cases import ALL

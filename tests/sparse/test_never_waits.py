@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from losa_kernels.triton.launch import noted_launches
-from losa_runtime.attention.backend import PageChoice, PerSegment, RowGroup, Rows, SelectedPages
+from losa_runtime.attention.questions import PageChoice, PerSegment, RowGroup, Rows, SelectedPages
 from losa_runtime.attention.triton_backend import TritonBackend
 from losa_runtime.core.batch import ForwardMode, SparseParams
 from tests.kernels import interpreter as interpreter  # lets it serve

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from losa_runtime.attention.backend import AttnState, PrefixPlan, RowGroup
+from losa_runtime.attention.questions import AttnState, PrefixPlan, RowGroup
 from tests.sparse.stage import Sizes, Stage, denoise_item, params, random_rows
 from tests.sparse.test_losa_options import LISTS, PROMPT, distance, run, still
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.quality.probe.play import Floats
 from benchmarks.quality.probe.watch import Seen
 from losa_kernels.reference.selection import Share, query_change
-from losa_runtime.attention.backend import PageChoice, PerSegment
+from losa_runtime.attention.questions import PageChoice, PerSegment
 
 # LoSA, Trado-8B on TriviaQA, block 16, digitised; the last value is the dashed line of all rows.
 PAPER = (11.0, 12.8, 13.9, 15.1, 16.2, 16.7, 16.9, 17.4, 17.7, 18.4, 19.0, 20.1, 21.5, 22.0, 22.1, 23.5)

@@ -10,14 +10,8 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from losa_runtime.attention.backend import (
-    AttentionBackend,
-    AttnState,
-    PrefixPlan,
-    PrefixState,
-    RenewedStates,
-    RowGroup,
-)
+from losa_runtime.attention.backend import AttentionBackend
+from losa_runtime.attention.questions import AttnState, PrefixPlan, PrefixState, RenewedStates, RowGroup
 
 
 class Seen(NamedTuple):

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define LOSA_ABI 5
+#define LOSA_ABI 6
 #define LOSA_API __attribute__((visibility("default")))
 
 enum LosaDType { LOSA_F32 = 0, LOSA_BF16 = 1, LOSA_F16 = 2 };

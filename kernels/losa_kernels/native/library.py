@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-ABI = 5
+ABI = 6
 LEVELS = ("portable", "avx2", "avx512")
 SHARES = {"max": 0, "mean": 1, "none": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -50,7 +50,7 @@ class WorkItems:
         )
 
     def scores(self, req: Req, count: int) -> list[WorkItem]:
-        """One segment for each of the next `count` positions to be scored: its block, all of it masked from there on."""
+        """One segment for each of the next `count` positions to be scored: its block, masked from there on."""
         b = self._block_length
         items = []
         for position in req.unscored[:count]:

@@ -55,8 +55,9 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
             panel.set_title(f"{what}, {context:,} tokens", fontsize=9)
         line[0].set_ylabel("right answers")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=5, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
+    columns = 5 if len(contexts) > 1 else 3
+    figure.legend(handles, labels, loc="lower center", ncol=columns, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, (0.2 + 0.2 * -(-len(labels) // columns)) / size[1], 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)

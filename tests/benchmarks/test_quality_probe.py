@@ -167,6 +167,10 @@ def test_a_small_run_writes_figures_and_pictures(tmp_path: Path) -> None:
     assert {curve["heads"] for curve in found["unions"]} == {"max", "none"}
     for picture in ("cloze", "error", "union", "locality"):
         assert (tmp_path / f"probe_{picture}.png").stat().st_size > 10_000
+        (tmp_path / f"probe_{picture}.png").unlink()
+    written = out.read_text()
+    assert command.main(["--report-only", "--out", str(out)]) == 0
+    assert (out.read_text(), len(list(tmp_path.glob("*.png")))) == (written, 4)
 
 
 def test_a_script_is_revealed_in_its_own_order(world: World) -> None:

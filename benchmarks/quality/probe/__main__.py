@@ -45,6 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 150)
+    if args.report_only:
+        figures = Figures.model_validate_json(args.out.read_text())
+    else:
+        figures = _measured(args, console)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(figures.model_dump_json(indent=1) + "\n")
+    _tables(figures, console)
+    for path in (args.out, *draw(figures, args.out)):
+        console.print(f"written: {path}")
+    return 0
+
+
+def _measured(args: argparse.Namespace, console: Console) -> Figures:
     runner = Runner(str(args.model), args.context + _ROOM, PAGE_SIZE)
     figures = Figures(commit=commit(), versions=versions())
     scripts = _scripts(runner, args)
@@ -55,12 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(bar, description=kind)
             figures.scripts[kind] = len(mine)
             _probe(runner, kind, mine, args, figures, partial(progress.advance, bar))
-    _tables(figures, console)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(figures.model_dump_json(indent=1) + "\n")
-    for path in (args.out, *draw(figures, args.out)):
-        console.print(f"written: {path}")
-    return 0
+    return figures
 
 
 def _scripts(runner: Runner, args: argparse.Namespace) -> dict[str, list[Script]]:
@@ -167,6 +175,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="planned steps of a block")
     parser.add_argument("--seed", type=int, default=0, help="of the documents")
     parser.add_argument("--threads", type=int, default=None, help="default: what torch would take")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing, draw what is in the file")
     parser.add_argument("--out", type=Path, default=RESULTS / "probe.json")
     args = parser.parse_args(argv)
     args.methods = list(dict.fromkeys(["dense", *args.methods]))  # everything is relative to it

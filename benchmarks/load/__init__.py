@@ -1,0 +1,1 @@
+"""The load test of `losa bench`, run over a table of workloads and along the axes of growing work, with plots."""

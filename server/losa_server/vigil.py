@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+# A process says nothing before its imports are done, and large copies may hold up its heartbeats: on a machine that
+# does much else this takes minutes, and to kill it and begin again would not make it faster.
+LOADING_S = 300.0
+
 
 class Vigil:
     """Counts the seconds of silence, and hears of stalled work.
 
-    silence_s: without a word, once it has loaded, a process counts as stopped. stall_s: so long may one forward take,
-    and so long may a loading process say nothing (imports and copies may hold up its heartbeats).
+    silence_s: without a word, once it has loaded, a process counts as stopped. stall_s: so long may one forward take.
+    A process that loads may say nothing for LOADING_S, or for these if they are longer.
     """
 
     def __init__(self, silence_s: float, stall_s: float) -> None:
         self._silence_s, self._stall_s = silence_s, stall_s
-        self._limit_s = max(silence_s, stall_s)
+        self._limit_s = max(silence_s, stall_s, LOADING_S)
         self._silent_s = self._stalled_s = 0.0
 
     def ready(self) -> None:

@@ -33,7 +33,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     options = ("--model", str(CHECKPOINT), *SERVER_OPTIONS)
     with ServerProcess(*options, fake=False, tmp=tmp_path_factory.mktemp("frontend")) as server:
-        server.wait_ready(120)
+        server.wait_ready()
         yield server.url
         assert server.stop() == 0, server.output()
 

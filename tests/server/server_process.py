@@ -15,6 +15,7 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).parents[2]
+PATIENCE_S = 120.0  # for machines that do much else; nothing here waits so long when all is well
 FAKE_ENGINE = (sys.executable, "-m", "tests.server.fake_engine_process")
 # Runs the server with another engine process than the real one.
 WITH_OTHER_ENGINE = (
@@ -86,7 +87,18 @@ class ServerProcess:
         (engine,) = [child for child in self.children() if is_engine(child)]
         return engine
 
-    def new_engine(self, before: psutil.Process, seconds: float = 30) -> psutil.Process:
+    def first_engine(self) -> psutil.Process:
+        """The engine, as soon as there is one; it has hardly begun to load."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.output()
+            engines = [child for child in self.children() if is_engine(child)]
+            if engines:
+                return engines[0]
+            time.sleep(0.002)
+        raise AssertionError(f"no engine: {self.output()}")
+
+    def new_engine(self, before: psutil.Process, seconds: float = PATIENCE_S) -> psutil.Process:
         """The engine that has taken the place of another, ready to serve."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -97,23 +109,41 @@ class ServerProcess:
             time.sleep(0.02)
         raise AssertionError(f"no other engine: {self.output()}")
 
-    def wait_ready(self, seconds: float = 30) -> None:
+    def wait_ready(self, seconds: float = PATIENCE_S) -> None:
         """Until /health says 200."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.output()
             try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
+                if httpx.get(f"{self.url}/health", timeout=PATIENCE_S).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
             time.sleep(0.05)
         raise AssertionError(f"not ready: {self.output()}")
 
+    def wait_refusing(self) -> None:
+        """Until /health says 503."""
+        deadline = time.monotonic() + PATIENCE_S
+        while httpx.get(f"{self.url}/health", timeout=PATIENCE_S).status_code != 503:
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.02)
+
+    def wait_live(self, count: int) -> None:
+        """Until so many requests have been accepted and not answered."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self._live() != count:
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.02)
+
+    def _live(self) -> int:
+        state = httpx.get(f"{self.url}/server_info", timeout=PATIENCE_S).json()["internal_states"][0]
+        return int(state["live_requests"])
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal; the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(20)
+        return self.process.wait(PATIENCE_S)
 
     def output(self) -> str:
         """What it has printed so far."""

@@ -36,7 +36,7 @@ DATASETS: dict[str, tuple[str, ...]] = {
 def real(bundled: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("bench")
     with ServerProcess("--model", bundled, "--max-total-tokens", "16384", fake=False, tmp=folder) as server:
-        server.wait_ready(120)
+        server.wait_ready()
         yield server
 
 

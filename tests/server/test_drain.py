@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +10,16 @@ import httpx
 import pytest
 
 from tests.server.clients import Clients
-from tests.server.server_process import ServerProcess
+from tests.server.server_process import PATIENCE_S, ServerProcess
 
 
 def refusals(server: ServerProcess) -> Iterator[httpx.Response]:
     """Answers of a draining server, as long as its port is open."""
     while True:
         try:
-            yield httpx.get(f"{server.url}/health", timeout=20)
-            yield httpx.get(f"{server.url}/ready", timeout=20)
-            yield httpx.post(f"{server.url}/generate", json={"text": "the fox"}, timeout=20)
+            yield httpx.get(f"{server.url}/health", timeout=PATIENCE_S)
+            yield httpx.get(f"{server.url}/ready", timeout=PATIENCE_S)
+            yield httpx.post(f"{server.url}/generate", json={"text": "the fox"}, timeout=PATIENCE_S)
         except httpx.TransportError:
             return
 
@@ -28,15 +27,15 @@ def refusals(server: ServerProcess) -> Iterator[httpx.Response]:
 def test_accepted_requests_are_answered(tmp_path: Path, bundled: str) -> None:
     with ServerProcess("--model", bundled, tmp=tmp_path) as server:
         server.wait_ready()
-        clients = Clients(server.url, 6, tokens=32)
-        time.sleep(0.2)
+        clients = Clients(server.url, 6, tokens=64)
+        server.wait_live(6)
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
+        server.wait_refusing()
         replies = list(refusals(server))
-        endings = clients.join(30)
+        endings = clients.join(PATIENCE_S)
         assert [ending.status for ending in endings] == [200] * 6
         assert not any(ending.failed for ending in endings)
-        assert server.process.wait(20) == 0, server.output()
+        assert server.process.wait(PATIENCE_S) == 0, server.output()
     assert len(replies) >= 3, "the port stayed open"
     for reply in replies:
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
@@ -49,7 +48,7 @@ def test_it_does_not_wait_for_ever(tmp_path: Path, bundled: str) -> None:
         server.wait_ready()
         clients = Clients(server.url, 4)
         assert server.stop() == 0
-        assert all(ending.failed and "shutting down" in ending.text for ending in clients.join(5))
+        assert all(ending.failed and "shutting down" in ending.text for ending in clients.join(30))
         assert "4 of them unfinished" in server.output()
 
 
@@ -60,23 +59,25 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, bundled: str, second: sign
         server.wait_ready()
         clients = Clients(server.url, 4)
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+        server.wait_refusing()
         assert server.process.poll() is None
         assert server.stop(second) == 0
-        assert all(ending.failed for ending in clients.join(5))
+        assert all(ending.failed for ending in clients.join(30))
         assert server.children() == [] and server.socket_directories() == []
 
 
 def test_clients_that_leave_while_it_drains_are_not_waited_for(tmp_path: Path, bundled: str) -> None:
     with ServerProcess("--model", bundled, "--drain-timeout", "600", tmp=tmp_path) as server:
         server.wait_ready()
-        body = {"text": "SLOW fox", "stream": True, "sampling_params": {"max_new_tokens": 4000}}
-        with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=20) as reply:
-            next(reply.iter_lines())
+        params = {"max_new_tokens": 4000, "ignore_eos": True}
+        body = {"text": "SLOW fox", "stream": True, "sampling_params": params}
+        with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=PATIENCE_S) as reply:
+            lines = reply.iter_lines()  # kept: without it the connection would close at once
+            next(lines)
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
+            server.wait_refusing()
             assert server.process.poll() is None
-        assert server.process.wait(20) == 0
+        assert server.process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.slow
@@ -85,8 +86,8 @@ def test_an_engine_that_dies_while_it_drains_is_not_replaced(tmp_path: Path, bun
         server.wait_ready()
         clients = Clients(server.url, 4)
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        server.wait_refusing()
         server.engine.kill()
-        assert server.process.wait(20) == 0
-        assert all(ending.failed and "signal 9" in ending.text for ending in clients.join(5))
+        assert server.process.wait(PATIENCE_S) == 0
+        assert all(ending.failed and "signal 9" in ending.text for ending in clients.join(30))
         assert "another engine" not in server.output()

@@ -22,7 +22,7 @@ def faulty(bundled: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     options = ("--model", bundled, "--max-total-tokens", "16384", "--debug-poison-pages", "--sparse-method", "losa")
     folder = tmp_path_factory.mktemp("faulty")
     with ServerProcess(*options, "--token-budget", "64", engine=COMMAND, tmp=folder) as server:
-        server.wait_ready(120)
+        server.wait_ready()
         yield server
         assert server.stop() == 0
 

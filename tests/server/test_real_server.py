@@ -30,7 +30,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     subprocess.run(make, check=True, capture_output=True, cwd=ROOT)
     options = ["--model", str(folder / "model"), "--max-total-tokens", "16384", "--token-budget", "64"]
     with ServerProcess(*options, fake=False, tmp=folder) as server:
-        server.wait_ready(120)
+        server.wait_ready()
         yield server
         assert server.stop() == 0, server.output()
         assert server.socket_directories() == []

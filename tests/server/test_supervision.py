@@ -15,17 +15,17 @@ import pytest
 
 from benchmarks.drills.clients import Ending
 from tests.server.clients import Clients
-from tests.server.server_process import ServerProcess, gone
+from tests.server.server_process import PATIENCE_S, ServerProcess, gone
 
 
 def status(server: ServerProcess, path: str = "/health") -> tuple[int, str]:
-    reply = httpx.get(server.url + path, timeout=20)
+    reply = httpx.get(server.url + path, timeout=PATIENCE_S)
     return reply.status_code, reply.text
 
 
 def ask(server: ServerProcess, text: str = "the fox") -> httpx.Response:
     body = {"text": text, "sampling_params": {"max_new_tokens": 4}}
-    return httpx.post(f"{server.url}/generate", json=body, timeout=60)
+    return httpx.post(f"{server.url}/generate", json=body, timeout=PATIENCE_S)
 
 
 def all_told(endings: list[Ending], *words: str) -> None:
@@ -36,7 +36,7 @@ def all_told(endings: list[Ending], *words: str) -> None:
         assert all(word in ending.text for word in words), ending
 
 
-def unhealthy(server: ServerProcess, seconds: float = 20) -> str:
+def unhealthy(server: ServerProcess, seconds: float = PATIENCE_S) -> str:
     """What /health says when it first says 503."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -50,7 +50,7 @@ def unhealthy(server: ServerProcess, seconds: float = 20) -> str:
 def replaced(server: ServerProcess, engine: psutil.Process) -> psutil.Process:
     """The next engine, after it has answered; nothing of the one before is left."""
     other = server.new_engine(engine)
-    assert gone(engine, 10)
+    assert gone(engine, 30)
     assert ask(server).json()["text"].startswith("the fox")
     assert len(server.socket_directories()) == 1
     return other
@@ -65,7 +65,7 @@ def test_a_killed_engine_is_replaced(tmp_path: Path, bundled: str) -> None:
         assert "signal 9" in unhealthy(server)
         reply = ask(server)
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
-        all_told(clients.join(10), "the engine is gone", "signal 9")
+        all_told(clients.join(PATIENCE_S), "the engine is gone", "signal 9")
         replaced(server, engine)
         state = httpx.get(f"{server.url}/server_info").json()["internal_states"][0]
         assert state["live_requests"] == 0
@@ -100,7 +100,7 @@ def test_an_engine_that_hangs_is_replaced(
         hurt(engine, server)
         assert reason in unhealthy(server)
         if clients is not None:
-            all_told(clients.join(10), "the engine is gone", reason)
+            all_told(clients.join(PATIENCE_S), "the engine is gone", reason)
         replaced(server, engine)
         assert hurt is freeze or "most recent call first" in server.output(), "where it hung is in the log"
         assert server.stop() == 0
@@ -114,7 +114,7 @@ def test_a_slow_engine_is_left_alone(tmp_path: Path, bundled: str) -> None:
         server.wait_ready()
         engine = server.engine
         clients = Clients(server.url, 16, tokens=12)
-        assert not any(ending.failed for ending in clients.join(60))
+        assert not any(ending.failed for ending in clients.join(PATIENCE_S))
         assert server.engine == engine
         assert server.stop() == 0
 
@@ -128,7 +128,7 @@ def test_an_engine_that_fails_is_replaced(tmp_path: Path, bundled: str, word: st
         clients = Clients(server.url, 2)
         reply = ask(server, word)
         assert reply.status_code == 503 and told in reply.json()["error"]["message"]
-        all_told(clients.join(10), told)
+        all_told(clients.join(PATIENCE_S), told)
         replaced(server, engine)
         assert server.stop() == 0
 
@@ -142,7 +142,7 @@ def test_too_many_restarts_end_the_server(tmp_path: Path, bundled: str) -> None:
             engine.kill()
             engine = replaced(server, engine)
         engine.kill()
-        assert server.process.wait(20) == 1
+        assert server.process.wait(PATIENCE_S) == 1
         assert "giving up" in server.output()
         assert server.socket_directories() == []
 

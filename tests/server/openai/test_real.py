@@ -40,7 +40,7 @@ def real(bundled: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         shutil.copy(Path(bundled) / name, model / name)
     options = ("--model", str(model), "--served-model-name", "tiny", "--max-total-tokens", "16384")
     with ServerProcess(*options, "--token-budget", "64", fake=False, tmp=folder) as server:
-        server.wait_ready(120)
+        server.wait_ready()
         yield server
         assert server.stop() == 0, server.output()
 

@@ -11,6 +11,7 @@ CONSTRAINTS := requirements/constraints.txt
 LIBRARY := kernels/losa_kernels/native/liblosa_kernels.so
 STAMP := .venv/.setup-stamp$(if $(CUDA),-cuda)
 comma := ,
+DRILL_RESULTS := benchmarks/results/drills.jsonl
 EXTRAS := dev$(if $(CUDA),$(comma)cuda)
 # A CUDA build of torch brings the triton that it was made with.
 PINS := $(if $(CUDA),build/constraints-cuda.txt,$(CONSTRAINTS))
@@ -76,11 +77,11 @@ frontend-matrix: setup ## the suite for SGLang's frontend with several of its re
 	$(BIN)/python -m tests.frontend.matrix
 
 soak: setup ## thousands of requests and hostile messages on end, and bugs planted in a copy of the sources
-	$(BIN)/python -m pytest -m soak -s
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m pytest -m soak -s --record $(DRILL_RESULTS)
+	$(BIN)/python -m tests.mutants --record $(DRILL_RESULTS)
 
 drills: setup ## processes killed, stopped and told to end, too many clients; figures against goals (three minutes)
-	$(BIN)/python -m benchmarks.drills
+	$(BIN)/python -m benchmarks.drills --record $(DRILL_RESULTS)
 
 bench-gpu: setup ## measure attention and whole decode steps on a GPU, ten minutes at most (CUDA=1)
 	$(BIN)/python -m benchmarks.gpu

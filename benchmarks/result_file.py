@@ -1,6 +1,7 @@
 """Result files: one JSON row per run, with the machine, the versions and the commit that it was measured on.
 
-A benchmark prints its row as its last line; with --output it also adds it to a file here. Knows no benchmark.
+A benchmark prints its row as its last line; with --output it also adds it to a file here, and with --record it puts it
+in the place of its last one. Knows no benchmark.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ PACKAGES = ("torch", "triton", "flashinfer-python")
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on beside the options: device, versions, commit (marked if files were changed), date."""
+    """What a figure depends on beside the options: device, load of the last minute, versions, commit (marked if files
+    were changed), date."""
     return {
         "device_name": _device_name(device),
         "cores": os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(),
@@ -37,6 +40,18 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
         file.write((json.dumps(row) + "\n").encode())
+
+
+def keep_row(path: Path, row: dict[str, Any]) -> None:
+    """Put a row in the place of the one with the same `benchmark`, or behind all others."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        rows[json.loads(line)["benchmark"]] = line
+    rows[row["benchmark"]] = json.dumps(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    beside.write_text("".join(line + "\n" for line in rows.values()))
+    beside.replace(path)
 
 
 def _device_name(device: torch.device) -> str:
@@ -58,10 +73,11 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The short hash, with `+` behind it if tracked files differ from it; empty outside a checkout."""
+    """The short hash, with `+` behind it if tracked files, results aside, differ from it; empty outside a checkout."""
     try:
         commit = _git("rev-parse", "--short", "HEAD")
-        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return commit + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from benchmarks.drills.drills import DRILLS
 from benchmarks.drills.figures import Figure, worst
-from benchmarks.result_file import add_row, circumstances
+from benchmarks.result_file import circumstances, keep_row
 
 
 def main() -> int:
@@ -25,38 +24,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drills", description=__doc__)
     parser.add_argument("drills", nargs="*", metavar="DRILL", help=f"some of {', '.join(DRILLS)} (default: all)")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each; the worst figures count")
-    parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="add the JSON row to this file")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="keep a row of each there, in place of its last one"
+    )
     args = parser.parse_args()
     unknown = [name for name in args.drills if name not in DRILLS]
     if unknown:
         parser.error(f"there is no drill {unknown[0]!r}; there are {', '.join(DRILLS)}")
     console = Console()
-    found: dict[str, list[Figure]] = {}
+    rows = []
     for name in args.drills or DRILLS:
+        about = circumstances(torch.device("cpu"))  # before: the load is that of others
         with console.status(name):
-            found[name] = worst([DRILLS[name]() for _ in range(args.repeat)])
-        console.print(_table(name, found[name]))
-    met = all(figure.met for figures in found.values() for figure in figures)
-    row: dict[str, Any] = {
-        "benchmark": "drills",
-        "repeat": args.repeat,
-        "met": met,
-        "drills": {name: {f.name: round(f.value, 3) for f in figures} for name, figures in found.items()},
-        **circumstances(torch.device("cpu")),
-    }
-    if args.output is not None:
-        add_row(args.output, row)
-    print(json.dumps(row))
+            figures = worst([DRILLS[name]() for _ in range(args.repeat)])
+        console.print(_table(name, figures))
+        row = {
+            "benchmark": f"drill {name}",
+            "repeat": args.repeat,
+            "met": all(figure.met for figure in figures),
+            "figures": {f.name: round(f.value, 3) for f in figures},
+            **about,
+        }
+        rows.append(row)
+        if args.record is not None:
+            keep_row(args.record, row)
+    met = all(row["met"] for row in rows)
+    print(json.dumps({"benchmark": "drills", "met": met, "drills": {r["benchmark"]: r["figures"] for r in rows}}))
     return 0 if met else 1
 
 
 def _table(name: str, figures: list[Figure]) -> Table:
     table = Table("figure", "worst seen", "goal", "", title=name, title_justify="left")
     for figure in figures:
-        unit = "" if figure.exact else " s"
-        value = f"{figure.value:.0f}" if figure.exact else f"{figure.value:.3f}{unit}"
-        goal = "" if figure.at_most is None else f"at most {figure.at_most:g}{unit}"
-        table.add_row(figure.name.removesuffix("_s"), value, goal, "✓" if figure.met else "✗")
+        value = f"{figure.value:,.0f}" if figure.exact else f"{figure.value:,.3f}{figure.unit}"
+        goal = "" if figure.at_most is None else f"at most {figure.at_most:g}{figure.unit}"
+        table.add_row(figure.title, value, goal, "✓" if figure.met else "✗")
     return table
 
 

@@ -8,16 +8,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import httpx
 import psutil
 
 from benchmarks.drills.clients import Clients, Ending
 from benchmarks.drills.figures import Figure
-from benchmarks.drills.world import PROMPT, DrillServer, HealthWatch, until
+from benchmarks.drills.memory import memory
+from benchmarks.drills.world import MODEL, PROMPT, DrillServer, HealthWatch, until
 
-MODEL = str(Path(__file__).parents[1] / "tiny_model" / "checkpoint")
 MANY = 32
 LONG = {"text": PROMPT, "sampling_params": {"temperature": 0, "max_new_tokens": 4000, "ignore_eos": True}}
 
@@ -125,14 +124,17 @@ def kill_http_of_stopped_engine() -> list[Figure]:
 
 def drain() -> list[Figure]:
     """SIGTERM with 32 requests on their way, every second one a stream, and others that keep coming."""
-    body = {"text": PROMPT, "sampling_params": {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}}
-    with DrillServer(MODEL) as server:
+    body = {"text": PROMPT, "sampling_params": {"temperature": 0, "max_new_tokens": 128, "ignore_eos": True}}
+    with DrillServer(MODEL, "--drain-timeout", "240") as server:
         clients = Clients(server.url, MANY, body)
-        until(lambda: server.state()["live_requests"] == clients.waiting, 10)
+        # Endings are counted first: one that ends in between is then missing, not counted twice.
+        until(lambda: len(clients.endings) + server.state()["live_requests"] == MANY, 60)
+        under_way = clients.waiting
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
-        refused: list[httpx.Response] = []
         began = time.monotonic()
+        until(lambda: not server.healthy(), 30)
+        refuses_s = time.monotonic() - began
+        refused: list[httpx.Response] = []
         try:
             while True:
                 for path in ("/health", "/ready"):
@@ -141,11 +143,14 @@ def drain() -> list[Figure]:
                 time.sleep(0.05)
         except httpx.TransportError:
             pass
-        code = server.server.process.wait(60)
+        code = server.server.process.wait(240)
         endings = clients.join(10)
         proper = [r for r in refused if r.status_code == 503 and "retry-after" in r.headers]
         return [
+            Figure("requests under way", under_way),
+            Figure("none was under way", int(not under_way), 0),
             Figure("accepted requests lost", sum(e.failed for e in endings) + MANY - len(endings), 0),
+            Figure("refuses after_s", refuses_s, 1),
             Figure("latecomers not refused with 503 and Retry-After", len(refused) - len(proper), 0),
             Figure("latecomers", len(refused)),
             Figure("none of them was answered", int(not refused), 0),
@@ -266,5 +271,6 @@ DRILLS: dict[str, Callable[[], list[Figure]]] = {
         drain,
         disconnects,
         overload,
+        memory,
     )
 }

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+UNITS = {"_s": " s", "_kib": " KiB"}
+
 
 class Figure(NamedTuple):
-    """value: seconds (names end in `_s`) or a count. at_most: the goal; None where there is none."""
+    """value: seconds (names end in `_s`), KiB (`_kib`) or a count. at_most: the goal; None where there is none."""
 
     name: str
     value: float
@@ -20,8 +22,18 @@ class Figure(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether it is a count and not a time: what must hold on a machine of any speed."""
-        return not self.name.endswith("_s")
+        """Whether it is a count, which must hold on a machine of any speed."""
+        return not self.unit
+
+    @property
+    def unit(self) -> str:
+        """ " s", " KiB", or nothing for counts."""
+        return next((unit for ending, unit in UNITS.items() if self.name.endswith(ending)), "")
+
+    @property
+    def title(self) -> str:
+        """Its name without the ending."""
+        return next((self.name.removesuffix(ending) for ending in UNITS if self.name.endswith(ending)), self.name)
 
 
 def worst(runs: Sequence[Sequence[Figure]]) -> list[Figure]:

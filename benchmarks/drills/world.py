@@ -17,6 +17,7 @@ import psutil
 from benchmarks.drills.clients import new_http
 from losa_server.bench.running_server import RunningServer
 
+MODEL = str(Path(__file__).parents[1] / "tiny_model" / "checkpoint")
 SHARED_MEMORY = Path("/dev/shm")
 PROMPT = "The secret code of the red fox is 1234. The secret code of the old clock is 9182. " * 6
 

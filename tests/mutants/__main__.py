@@ -14,10 +14,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.result_file import circumstances, keep_row
 from tests.mutants.table import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all, or those whose names contain one of the words; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("words", nargs="*", help="only mutants whose names contain one of these")
-    words = parser.parse_args(argv).words
+    parser.add_argument("--record", type=Path, metavar="FILE", help="keep the figures there, in place of the last ones")
+    args = parser.parse_args(argv)
+    words = args.words
     chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
     if not chosen:
         parser.error(f"no mutant is named like that; there are: {'; '.join(m.name for m in MUTANTS)}")
@@ -47,8 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console.print(output[-3000:], markup=False)
                 console.print(f"[bold red]{test} fails without a bug: its failing with one shows nothing[/]")
                 return 1
-        survivors = show(console, [(mutant, *judge(copy, mutant)) for mutant in chosen])
+        results = [(mutant, *judge(copy, mutant)) for mutant in chosen]
+    survivors = show(console, results)
+    if args.record is not None:
+        keep(args.record, results)
     return 1 if survivors else 0
+
+
+def keep(path: Path, results: Sequence[tuple[Mutant, bool, float]]) -> None:
+    """Keep the figures of a run."""
+    row: dict[str, Any] = {
+        "benchmark": "planted bugs",
+        "planted": len(results),
+        "found": sum(found for _, found, _ in results),
+        "survived": [mutant.name for mutant, found, _ in results if not found],
+        "seconds": round(sum(seconds for _, _, seconds in results)),
+    }
+    keep_row(path, {**row, **circumstances(torch.device("cpu"))})
 
 
 def judge(copy: Path, mutant: Mutant) -> tuple[bool, float]:

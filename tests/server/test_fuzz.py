@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -91,8 +92,13 @@ def test_random_calls(target: AppServer) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_ten_thousand_random_calls(target: AppServer) -> None:
+def test_ten_thousand_random_calls(target: AppServer, record: Callable[..., None]) -> None:
+    began = time.monotonic()
     seen = fuzz(target, 650)
-    print(f"{seen.total()} calls:", dict(sorted(seen.items())))
+    statuses: collections.Counter[int] = collections.Counter()
+    for (_, status), count in seen.items():
+        statuses[status] += count
+    seconds = round(time.monotonic() - began)
+    record("fuzz", calls=seen.total(), seconds=seconds, routes=len({r for r, _ in seen}), statuses=statuses)
     assert seen.total() >= 10_000
     check(target, seen)

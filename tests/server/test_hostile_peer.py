@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -22,7 +22,8 @@ GIANT = [b'{"kind":"abort","rid":"' + b"x" * (MAX_MESSAGE_BYTES + 1) + b'"}']
 
 
 SOME_OR_MANY = pytest.mark.parametrize(
-    "count", [pytest.param(500, id="some"), pytest.param(50_000, id="many", marks=pytest.mark.slow)]
+    "count",
+    [pytest.param(500, id="some"), pytest.param(50_000, id="many", marks=[pytest.mark.slow, pytest.mark.soak])],
 )
 
 
@@ -39,7 +40,7 @@ def is_well(server: AppServer) -> bool:
 
 
 @SOME_OR_MANY
-def test_frames_to_the_http_process(target: AppServer, tmp_path: Path, count: int) -> None:
+def test_frames_to_the_http_process(target: AppServer, tmp_path: Path, count: int, record: Callable[..., None]) -> None:
     frames = [*hostile_frames(str(tmp_path / "canary"), count), GIANT]
     # One of them is a message in this direction.
     frames = [parts for parts in frames if not parts[0].startswith(b'{"kind":"outputs"')]
@@ -51,10 +52,11 @@ def test_frames_to_the_http_process(target: AppServer, tmp_path: Path, count: in
     assert is_well(target)
     assert target.client.malformed_messages == len(frames)
     assert not (tmp_path / "canary").exists()
+    record("hostile frames to the HTTP process", frames=len(frames), dropped=target.client.malformed_messages)
 
 
 @SOME_OR_MANY
-def test_frames_to_the_engine(target: AppServer, tmp_path: Path, count: int) -> None:
+def test_frames_to_the_engine(target: AppServer, tmp_path: Path, count: int, record: Callable[..., None]) -> None:
     frames = [*hostile_frames(str(tmp_path / "canary"), count), GIANT]
     life = target.client._life
     assert life is not None
@@ -68,6 +70,7 @@ def test_frames_to_the_engine(target: AppServer, tmp_path: Path, count: int) -> 
     assert until(lambda: target.client.report.get("malformed_messages") == len(frames), 120)
     assert is_well(target)
     assert not (tmp_path / "canary").exists()
+    record("hostile frames to the engine", frames=len(frames), dropped=target.client.report.get("malformed_messages"))
 
 
 def test_sockets_are_for_their_owner_alone(tmp_path: Path, bundled: str) -> None:

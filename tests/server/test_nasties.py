@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -103,14 +104,22 @@ def check(reply: httpx.Response, sent: object) -> None:
         assert "Traceback" not in error["message"]
 
 
-@pytest.mark.parametrize("share", [pytest.param(11, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "share", [pytest.param(11, id="some"), pytest.param(1, id="all", marks=[pytest.mark.slow, pytest.mark.soak])]
+)
 @pytest.mark.parametrize("path", sorted(FIELDS))
-def test_no_value_anywhere_is_a_fault_of_the_server(target: AppServer, path: str, share: int) -> None:
+def test_no_value_anywhere_is_a_fault_of_the_server(
+    target: AppServer, path: str, share: int, record: Callable[..., None]
+) -> None:
     """Every 11th of them in the fast run, which wanders over fields and values as it divides neither number."""
     with httpx.Client(base_url=target.url, timeout=20) as http:
+        statuses: Counter[int] = Counter()
         for body in itertools.islice(bodies(path), 0, None, share):
-            check(http.post(path, content=json.dumps(body).encode()), body)
+            reply = http.post(path, content=json.dumps(body).encode())
+            check(reply, body)
+            statuses[reply.status_code] += 1
     assert until(lambda: target.manager.live == 0 and target.engine.live == {})
+    record(f"hand-made bodies for {path}", calls=statuses.total(), statuses=statuses)
 
 
 RAW = [

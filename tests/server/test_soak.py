@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,7 +156,7 @@ def in_use(server: AppServer) -> dict[str, int]:
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_soak(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_soak(tiny_checkpoint: Path, record: Callable[..., None]) -> None:
     config = EngineConfig(model=str(tiny_checkpoint), max_total_tokens=720, **OPTIONS)
     engine = Engine(config)
     with AppServer(str(tiny_checkpoint), engine=engine) as server:
@@ -181,11 +182,20 @@ def test_soak(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None
         for number in chosen
         if list(calm.generate([job(number).prompt], job(number).params)[0].token_ids) != crowd.answers[number]
     ]
-    with capsys.disabled():
-        print(f"\n{REQUESTS} requests, {AT_ONCE} at once, in {seconds:.0f} s: {dict(crowd.ends)}")
-        pressure = f"retractions {stats['retractions']}, evicted pages {stats['pages_evicted']}"
-        print(f"{pressure}, settled in {settled_s:.2f} s")
-        print(f"left behind: {left}; more than before: {more}; of {SAMPLE} texts {len(other)} differ from a calm run")
+    record(
+        "soak",
+        requests=REQUESTS,
+        at_once=AT_ONCE,
+        seconds=round(seconds, 1),
+        ends=dict(crowd.ends),
+        retractions=stats["retractions"],
+        pages_evicted=stats["pages_evicted"],
+        settled_s=round(settled_s, 3),
+        left_behind=left,
+        more_than_before=more,
+        texts_compared=SAMPLE,
+        other_texts=len(other),
+    )
     assert set(crowd.ends) <= {"finished", "left", "abort"}, crowd.ends
     assert sum(crowd.ends.values()) == REQUESTS and crowd.ends["left"] > 300 and crowd.ends["abort"] > 20
     assert int(str(stats["retractions"])) >= 50 and int(str(stats["pages_evicted"])) >= 500

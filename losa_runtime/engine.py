@@ -27,6 +27,7 @@ from losa_runtime.decoding.penalties import check_logit_bias
 from losa_runtime.decoding.registry import resolve as resolve_decoding
 from losa_runtime.grammar.guide import Guides
 from losa_runtime.runner.model_runner import Launched
+from losa_runtime.runner.token_grammars import TokenGrammars
 from losa_runtime.scheduler.costs import ReadSum
 from losa_runtime.scheduler.req import Req, ReqSettings
 from losa_runtime.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -72,7 +73,7 @@ class Engine:
         self._failures = 0  # requests in a row that raised alone
         self._rows: Counter[ForwardMode] = Counter()
         self._read = ReadSum()
-        self._guides = Guides(self._text_of_ids)
+        self._guides = Guides(TokenGrammars(self._text_of_ids))
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 

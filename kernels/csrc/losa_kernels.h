@@ -79,6 +79,31 @@ typedef struct {
   const uint8_t* heads;
 } LosaPrefix;
 
+// A deterministic automaton over bytes: next [states, classes], -1 = nothing can match like this; class_of [256];
+// accepting [states]; bytes_left [states], the fewest bytes to an accepting state. Matches begin in state 0.
+typedef struct {
+  int64_t states, classes;
+  const int32_t* next;
+  const uint8_t *class_of, *accepting;
+  const int32_t* bytes_left;
+} LosaAutomaton;
+
+// Blocks of outputs that have to match their grammars. tokens[indptr[b] ...] are the output positions of block b, -1 =
+// a hole; states [blocks] before the first; rooms [blocks]: tokens that may follow behind the last. path [blocks]: 1 =
+// along the best path, 0 = each hole by itself; drawn [blocks]: 1 = drawn by `uniform`. Of every hole, in order: logits
+// [holes, width]; kept [holes, width], 0 = filtered out (null: nothing is); sharpness [holes], one by the temperature;
+// total [holes], the logarithm of the sum of e^(sharpness * logit); uniform [holes] in [0, 1).
+typedef struct {
+  int64_t blocks;
+  void* const* grammars;
+  const int64_t *indptr, *tokens, *states, *rooms;
+  const uint8_t *path, *drawn;
+  int64_t holes, width;
+  const float* logits;
+  const uint8_t* kept;
+  const double *sharpness, *total, *uniform;
+} LosaGuided;
+
 LOSA_API int losa_abi(void);
 LOSA_API int losa_has_level(int level);
 
@@ -134,6 +159,34 @@ LOSA_API int losa_changed_rows(LosaRun*, const void* now, void* before, int32_t 
 // pages.
 LOSA_API int losa_store(LosaRun*, const LosaPool*, const void* k, const void* v, int32_t dtype,
                         const int64_t* locations, int64_t count);
+
+// The bytes of every id of a vocabulary, those of id i at starts[i] to starts[i + 1]; none for what is no text.
+LOSA_API int losa_words_new(LosaRun*, int64_t size, const int64_t* starts, const uint8_t* bytes, void** words);
+LOSA_API void losa_words_free(void* words);  // grammars made of it stay whole
+
+// An automaton seen through a vocabulary; ends: ids that end an output where it may end. Its rows are made when they
+// are first needed, and forgotten when they hold more than `limit` bytes. States with more than `wide` ids are judged
+// by the `likeliest` ids of a hole. work: of one search for the fewest tokens left, in ids looked at. Not for two calls
+// at once.
+LOSA_API int losa_grammar_new(LosaRun*, void* words, const LosaAutomaton*, const int32_t* ends, int64_t end_count,
+                              int64_t wide, int64_t likeliest, int64_t work, int64_t limit, void** grammar);
+LOSA_API void losa_grammar_free(void* grammar);
+LOSA_API int64_t losa_grammar_bytes(void* grammar);
+
+// The state behind some tokens, from *state: -1 where they cannot follow.
+LOSA_API int losa_grammar_walk(LosaRun*, void* grammar, const int64_t* tokens, int64_t count, int64_t* state);
+
+// The fewest tokens from a state to where an output may end (INT32_MAX: none do), what single bytes would take where
+// the search for less takes too long; 0 if it can be told at once that `room` tokens are enough (room -1: search).
+LOSA_API int losa_grammar_left(LosaRun*, void* grammar, int64_t state, int64_t room, int64_t* left);
+
+// A token for every hole, its probability among what usable paths have there, and its log-probability: [holes] each.
+LOSA_API int losa_guide(LosaRun*, const LosaGuided*, int64_t* chosen, double* confidence, double* logprob);
+
+// Changes what was chosen hole by hole so that the accepted tokens fit together: the surest are kept, and one that an
+// earlier one has ruled out is chosen again. accepted, confidence, chosen, logprob: [holes].
+LOSA_API int losa_settle(LosaRun*, const LosaGuided*, const uint8_t* accepted, const double* confidence,
+                         int64_t* chosen, double* logprob);
 
 #ifdef __cplusplus
 }

@@ -6,9 +6,11 @@ automaton over the model's tokens, which all requests with the same pattern and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,27 +18,41 @@ from numpy.typing import NDArray
 from losa_runtime.core.errors import InvalidRequest
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.grammar.automaton import ByteAutomaton
-from losa_runtime.grammar.block_paths import Block, Reach
+from losa_runtime.grammar.block_paths import Block
 from losa_runtime.grammar.compiler import Compiler
 from losa_runtime.grammar.json_schema import UnsupportedSchema, schema_pattern
-from losa_runtime.grammar.token_automaton import FAR, NOWHERE, TokenAutomaton
-from losa_runtime.grammar.vocabulary import Vocabulary
+from losa_runtime.grammar.token_automaton import FAR, NOWHERE
 
-SHARED = 16  # token automata that are kept, see REMEMBERED_BYTES for what each may hold
+SHARED, SHARED_BYTES = 64, 512 << 20  # of token automata that are remembered; REMEMBERED_BYTES bounds the rows of each
+
+
+class OverTokens(Protocol):
+    """A byte automaton seen through a vocabulary: `TokenAutomaton`, or the C++ kernels' `Grammar`."""
+
+    @property
+    def bytes(self) -> int:
+        """What it holds, about."""
+
+    def walk(self, tokens: NDArray[np.int64], state: int = 0) -> int:
+        """The state behind some tokens, or NOWHERE."""
+
+    def tokens_left(self, state: int) -> int:
+        """The fewest tokens from a state to where an output may end; FAR if none do."""
+
+    def can_finish(self, state: int, room: int) -> bool:
+        """Whether at most `room` further tokens lead to where an output may end."""
 
 
 class OutputGuide:
     """What the output of one request must match. limit: its max_new_tokens. Remembers how far it has read."""
 
-    def __init__(self, automaton: TokenAutomaton, limit: int) -> None:
+    def __init__(self, automaton: OverTokens, limit: int) -> None:
         self.automaton, self.limit = automaton, limit
         self._read, self._state = 0, 0
 
-    def reach(self, output: NDArray[np.int32], block: NDArray[np.int64]) -> Reach:
-        """The paths through a block, -1 = a hole, behind finished output. block: its output positions alone."""
-        return Reach(
-            self.automaton, Block(block, self._behind(output), max(0, self.limit - int(output.size) - int(block.size)))
-        )
+    def block(self, output: NDArray[np.int32], tokens: NDArray[np.int64]) -> Block:
+        """A block behind finished output. tokens: those of its output positions, -1 = a hole."""
+        return Block(tokens, self._behind(output), max(0, self.limit - int(output.size) - int(tokens.size)))
 
     def _behind(self, output: NDArray[np.int32]) -> int:
         if output.size < self._read:  # the request was taken back further than to its last block
@@ -48,12 +64,13 @@ class OutputGuide:
 
 
 class Guides:
-    """Makes guides. pieces: gives the bytes of every token id, empty for what is no text (special tokens, MASK)."""
+    """Makes guides. over_tokens: sees a byte automaton, and ids that end an output, through the model's vocabulary."""
 
-    def __init__(self, pieces: Callable[[], Sequence[bytes]], compiler: Compiler | None = None) -> None:
-        self._pieces, self._compiler = pieces, compiler or Compiler()
-        self._vocabulary: Vocabulary | None = None
-        self._shared: OrderedDict[tuple[bytes, frozenset[int]], TokenAutomaton] = OrderedDict()
+    def __init__(
+        self, over_tokens: Callable[[ByteAutomaton, frozenset[int]], OverTokens], compiler: Compiler | None = None
+    ) -> None:
+        self._over_tokens, self._compiler = over_tokens, compiler or Compiler()
+        self._shared: OrderedDict[tuple[bytes, frozenset[int]], OverTokens] = OrderedDict()
 
     def make(
         self, params: SamplingParams, ends: frozenset[int], limit: int, compiled: bytes | None = None
@@ -72,7 +89,7 @@ class Guides:
         if compiled is None:
             compiled = compile_constraint(params, self._compiler)
         assert compiled is not None
-        automaton = self._over_tokens(compiled, ends)
+        automaton = self._recalled(compiled, ends)
         if not automaton.can_finish(0, limit):
             least = automaton.tokens_left(0)
             if least == FAR:
@@ -80,15 +97,19 @@ class Guides:
             raise InvalidRequest("sampling_params.max_new_tokens", limit, f"at least {least}, for `{field}` to match")
         return OutputGuide(automaton, limit)
 
-    def _over_tokens(self, compiled: bytes, ends: frozenset[int]) -> TokenAutomaton:
-        key = (compiled, ends)
+    def stats(self) -> dict[str, object]:
+        """Grammars that are remembered, and their bytes; JSON-able."""
+        return {"grammars": len(self._shared), "grammar_bytes": sum(found.bytes for found in self._shared.values())}
+
+    def _recalled(self, compiled: bytes, ends: frozenset[int]) -> OverTokens:
+        """Those used last are remembered, as many as fit; one that is forgotten lives on with its requests."""
+        key = (hashlib.blake2b(compiled, digest_size=16).digest(), ends)
         if key not in self._shared:
-            if self._vocabulary is None:
-                self._vocabulary = Vocabulary(self._pieces())
-            self._shared[key] = TokenAutomaton(ByteAutomaton.from_bytes(compiled), self._vocabulary, ends)
-            while len(self._shared) > SHARED:
-                self._shared.popitem(last=False)
+            self._shared[key] = self._over_tokens(ByteAutomaton.from_bytes(compiled), ends)
         self._shared.move_to_end(key)
+        held = sum(found.bytes for found in self._shared.values())
+        while len(self._shared) > 1 and (held > SHARED_BYTES or len(self._shared) > SHARED):
+            held -= self._shared.popitem(last=False)[1].bytes
         return self._shared[key]
 
 

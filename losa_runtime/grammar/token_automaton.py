@@ -124,6 +124,11 @@ class TokenAutomaton:
         self._remembered = 0
         self._left: dict[int, int] = {}
 
+    @property
+    def bytes(self) -> int:
+        """What it holds, about."""
+        return self.automaton.next_SC.nbytes + self._remembered
+
     def row(self, state: int) -> TokenRow:
         """All that may follow in a state."""
         found = self._rows.get(state)

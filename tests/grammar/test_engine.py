@@ -18,7 +18,9 @@ from losa_runtime.core.errors import InvalidRequest
 from losa_runtime.core.request import Request, RequestOutput
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.engine import Engine
+from losa_runtime.grammar.guide import Guides
 from losa_runtime.models.random_checkpoint import write_random_checkpoint
+from losa_runtime.runner.token_grammars import TokenGrammars
 from tests.grammar.patterns import random_pattern
 from tests.grammar.schemas import REALISTIC, SCHEMAS
 
@@ -143,6 +145,15 @@ def test_neighbours_without_a_grammar_are_not_touched(engine: Engine) -> None:
     together = run(engine, [bound, free, bound])
     assert together[1].text == alone.text
     assert together[0].text == together[2].text and re.fullmatch("[a-z]{3,30}", together[0].text)
+
+
+def test_without_the_kernels_the_same_is_written(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(4)
+    requests = [("x" * (i + 1), wish(rng, regex=random_pattern(rng)) | {"max_new_tokens": 40}) for i in range(12)]
+    requests = [request for request in requests if least_length(engine, request[1]) is None]
+    found = [output.text for output in run(engine, requests)]
+    monkeypatch.setattr(engine, "_guides", Guides(TokenGrammars(engine._text_of_ids, native=False)))
+    assert [output.text for output in run(engine, requests)] == found
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from tests.kernels.native import require_native
 
 ROOT = Path(__file__).parents[2]
-SUITES = ("attention", "finish", "peaks", "selection", "mass", "store", "refusals")
+SUITES = ("attention", "finish", "peaks", "selection", "mass", "store", "guided", "refusals")
 
 
 @pytest.mark.slow

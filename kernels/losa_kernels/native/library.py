@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_char, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,41 @@ class CPrefix(ctypes.Structure):
     )
 
 
+class CAutomaton(ctypes.Structure):
+    """LosaAutomaton."""
+
+    _fields_ = (
+        ("states", c_int64),
+        ("classes", c_int64),
+        ("next", c_void_p),
+        ("class_of", c_void_p),
+        ("accepting", c_void_p),
+        ("bytes_left", c_void_p),
+    )
+
+
+class CGuided(ctypes.Structure):
+    """LosaGuided."""
+
+    _fields_ = (
+        ("blocks", c_int64),
+        ("grammars", c_void_p),
+        ("indptr", c_void_p),
+        ("tokens", c_void_p),
+        ("states", c_void_p),
+        ("rooms", c_void_p),
+        ("path", c_void_p),
+        ("drawn", c_void_p),
+        ("holes", c_int64),
+        ("width", c_int64),
+        ("logits", c_void_p),
+        ("kept", c_void_p),
+        ("sharpness", c_void_p),
+        ("total", c_void_p),
+        ("uniform", c_void_p),
+    )
+
+
 _RUN, _POOL, _GROUP, _QUERY = POINTER(CRun), POINTER(CPool), POINTER(CGroup), POINTER(CQuery)
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "losa_prefix": (_RUN, _POOL, _GROUP, _QUERY, POINTER(CLists), c_void_p, c_void_p, c_void_p, c_int64),
@@ -126,7 +161,21 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(c_void_p,) * 3,
     ),
     "losa_store": (_RUN, _POOL, c_void_p, c_void_p, c_int32, c_void_p, c_int64),
+    "losa_words_new": (_RUN, c_int64, c_void_p, c_char_p, POINTER(c_void_p)),
+    "losa_words_free": (c_void_p,),
+    "losa_grammar_new": (
+        *(_RUN, c_void_p, POINTER(CAutomaton), c_void_p),
+        *(c_int64,) * 5,
+        POINTER(c_void_p),
+    ),
+    "losa_grammar_free": (c_void_p,),
+    "losa_grammar_bytes": (c_void_p,),
+    "losa_grammar_walk": (_RUN, c_void_p, c_void_p, c_int64, POINTER(c_int64)),
+    "losa_grammar_left": (_RUN, c_void_p, c_int64, c_int64, POINTER(c_int64)),
+    "losa_guide": (_RUN, POINTER(CGuided), *(c_void_p,) * 3),
+    "losa_settle": (_RUN, POINTER(CGuided), *(c_void_p,) * 4),
 }
+NO_STATUS = {"losa_words_free": None, "losa_grammar_free": None, "losa_grammar_bytes": c_int64}
 
 
 @cache
@@ -142,6 +191,8 @@ def _load(file: Path) -> ctypes.CDLL:
         raise NativeUnavailable(f"{file.name} has interface {found}, needed: {ABI}; run `make kernels`")
     for name, types in SIGNATURES.items():
         getattr(library, name).argtypes = types
+    for name, kind in NO_STATUS.items():
+        getattr(library, name).restype = kind
     return library
 
 
@@ -166,3 +217,11 @@ class Kernels:
         run = CRun(LEVELS.index(self.level), torch.get_num_threads())
         if getattr(self._library, name)(ctypes.byref(run), *arguments):
             raise ValueError(f"{name}: {run.error.decode()}")
+
+    def ask(self, name: str, handle: c_void_p) -> int:
+        """A number about what a handle stands for."""
+        return int(getattr(self._library, name)(handle))
+
+    def free(self, name: str, handle: c_void_p) -> None:
+        """Give back what a handle stands for; nobody uses it any more."""
+        getattr(self._library, name)(handle)

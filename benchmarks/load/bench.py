@@ -42,8 +42,8 @@ def run(model: str, stands: Sequence[Stand], console: Console) -> list[dict[str,
                     rows.append({**cell.labels, **_measured(server.url, cell, source), **about})
                     progress.advance(bar)
                     if not console.is_terminal:
-                        speed = rows[-1]["output_throughput"]
-                        console.print(f"{_title(cell)}: {speed:.1f} tokens/s, {rows[-1]['duration']:.1f} s")
+                        speed, cores = rows[-1]["output_throughput"], rows[-1]["engine_cores"]
+                        console.print(f"{_title(cell)}: {speed:.1f} tokens/s on {cores:.2f} cores")
     return rows
 
 

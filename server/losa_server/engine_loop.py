@@ -125,9 +125,9 @@ class EngineLoop:
 
     def _stats(self) -> dict[str, object]:
         """The engine's counters and this process's. busy_s: seconds with requests at hand; what of them is not
-        forward_s was the host's."""
-        memory = psutil.Process().memory_info().rss
-        return {**self._engine.stats(), "busy_s": self._busy_s, "engine_rss_bytes": memory}
+        forward_s was the host's. cpu_s: of all threads."""
+        about = {"cpu_s": time.process_time(), "engine_rss_bytes": psutil.Process().memory_info().rss}
+        return {**self._engine.stats(), "busy_s": self._busy_s, **about}
 
     def _step(self) -> None:
         self._clock.note(True, self._engine.forwards)

@@ -141,6 +141,7 @@ COUNTERS = {
     "losa:forwards": ("forwards", "Forward passes"),
     "losa:busy_seconds": ("busy_s", "Time in which the engine had requests at hand"),
     "losa:forward_seconds": ("forward_s", "Time of it in which a forward ran; the rest was the host's"),
+    "losa:engine_cpu_seconds": ("cpu_s", "Processor time of the engine process"),
     "losa:undone_forwards": ("undone_forwards", "Forward passes that raised and were undone"),
     "losa:denoise_steps": ("denoise_steps", "Denoising steps"),
     "losa:kv_read_bytes": ("kv_bytes", "K/V read by denoising steps"),

@@ -276,10 +276,19 @@ def test_goodput(limits: dict[str, float], good: int) -> None:
 def test_what_the_server_counted() -> None:
     about = {"kv_pool_bytes": 1000}
     before = about | {"internal_states": [{"busy_s": 1.0, "forward_s": 0.5}]}
-    state = {"busy_s": 5.0, "forward_s": 3.5, "pages_total": 100, "pages_free": 70, "engine_rss_bytes": 5}
+    state = {
+        "cpu_s": 3.0,
+        "generated_tokens": 12,
+        "busy_s": 5.0,
+        "forward_s": 3.5,
+        "pages_total": 100,
+        "pages_free": 70,
+        "engine_rss_bytes": 5,
+    }
     after = about | {"internal_states": [state]}
     found = result(BenchSettings(), [record([Piece(1.0, 4)], forwards=9, blocks=3)], 2.0, before, after)
     assert found["host_share"] == pytest.approx(0.25)
+    assert (found["engine_cores"], found["tokens_per_cpu_s"]) == (1.5, 4.0)
     assert (found["kv_bytes_held"], found["engine_rss_bytes"], found["forwards_per_block"]) == (300, 5, 3)
     assert result(BenchSettings(), [], 2.0, {}, {})["host_share"] is None
 

@@ -64,7 +64,7 @@ def result(
         **_times("block", [gap for gap, _ in _gaps(done)]),
         **_service(settings, records, duration),
         **_costs(done),
-        **_server_side(before, after),
+        **_server_side(before, after, duration),
     }
 
 
@@ -146,8 +146,12 @@ def _costs(records: Sequence[Record]) -> dict[str, float | None]:
     }
 
 
-def _server_side(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """What the engine counted meanwhile; whoever else used the server is in it."""
+def _server_side(before: Mapping[str, Any], after: Mapping[str, Any], duration: float) -> dict[str, Any]:
+    """What the engine counted meanwhile; whoever else used the server is in it.
+
+    engine_cores: processors that the engine had, on average; with less than it has threads, others took them away, or
+    there was little to do.
+    """
 
     first, last = ((info.get("internal_states") or [{}])[0] for info in (before, after))
 
@@ -160,6 +164,8 @@ def _server_side(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
         "forwards": grown("forwards"),
         "tokens_per_forward": _ratio(grown("generated_tokens"), grown("forwards")),
         "host_share": None if forward is None else 1.0 - forward,
+        "engine_cores": grown("cpu_s") / duration,
+        "tokens_per_cpu_s": _ratio(grown("generated_tokens"), grown("cpu_s")),
         "kv_bytes_held": _ratio(held * after.get("kv_pool_bytes", 0), last.get("pages_total", 0)),
         "engine_rss_bytes": last.get("engine_rss_bytes"),
         "http_rss_bytes": last.get("http_rss_bytes"),

@@ -19,7 +19,7 @@ PINS := $(if $(CUDA),build/constraints-cuda.txt,$(CONSTRAINTS))
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(PINS) $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels demo serve test test-slow test-gpu frontend-matrix soak drills bench-gpu check fmt constraints clean
+.PHONY: help setup kernels demo serve test test-slow test-gpu frontend-matrix soak drills bench bench-gpu check fmt constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -82,6 +82,14 @@ soak: setup ## thousands of requests and hostile messages on end, and bugs plant
 
 drills: setup ## processes killed, stopped and told to end, too many clients; figures against goals (three minutes)
 	$(BIN)/python -m benchmarks.drills --record $(DRILL_RESULTS)
+
+bench: setup ## measure again what the README shows, ten minutes at most on two cores (pictures of quality: from its rows)
+	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.offline
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.scheduler
+	$(BIN)/python -m benchmarks.quality --report-only --contexts 4096 --tasks multi_value --samples 500
+	$(BIN)/python -m benchmarks.quality.probe --report-only
 
 bench-gpu: setup ## measure attention and whole decode steps on a GPU, ten minutes at most (CUDA=1)
 	$(BIN)/python -m benchmarks.gpu

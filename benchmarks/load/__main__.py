@@ -3,6 +3,7 @@
     python -m benchmarks.load                 # both parts, some five minutes on two cores
     python -m benchmarks.load workloads
     python -m benchmarks.load growth
+    python -m benchmarks.load workloads --url http://127.0.0.1:30000 --folder build/load   # on a running server
     python -m benchmarks.load --report-only   # tables and plots of the rows that are there
 
 Rows go to benchmarks/results/load.jsonl and growth.jsonl (written when a part is complete), plots beside them. Each
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +25,9 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.load import plots, tables
-from benchmarks.load.bench import CallsFailed, run
+from benchmarks.load.bench import run
 from benchmarks.load.cells import Stand, growth, workloads
-from losa_server.bench.running_server import ServerFailed
+from losa_runtime.core.errors import LosaError
 
 CHECKPOINT = Path(__file__).parents[1] / "tiny_model" / "checkpoint"
 RESULTS = Path(__file__).parents[1] / "results"
@@ -45,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in args.parts or FILES:
             file = args.folder / FILES[part]
             if not args.report_only:
-                write(file, run(str(args.model), stands[part], console))
+                write(file, run(str(args.model), stands[part], console, args.url))
             rows[part] = read(file)
-    except (ServerFailed, CallsFailed, FileNotFoundError) as error:
+    except (LosaError, FileNotFoundError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1
     _report(rows, args.folder, console)
@@ -86,6 +88,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(FILES)} (default: all)")
     parser.add_argument("--model", type=Path, default=CHECKPOINT)
+    parser.add_argument("--url", help="of a running server of that model, for the workloads (default: start servers)")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where rows and plots go")
     parser.add_argument("--quick", action="store_true", help="few requests and short contexts, under a minute")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
@@ -93,8 +96,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [part for part in args.parts if part not in FILES]
     if unknown:
         parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(FILES)}")
+    if args.url and args.parts != ["workloads"]:
+        parser.error("--url: growth needs servers of its own; allowed with: workloads")
     return args
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the server would outlive this process
     sys.exit(main())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,23 +29,35 @@ class CallsFailed(LosaError):
     """Calls of a cell were not answered, so its figures mean nothing."""
 
 
-def run(model: str, stands: Sequence[Stand], console: Console) -> list[dict[str, Any]]:
-    """All rows, in order. Raises ServerFailed, and CallsFailed when anything but a hang-up kept a call from its end."""
+def run(model: str, stands: Sequence[Stand], console: Console, url: str | None = None) -> list[dict[str, Any]]:
+    """All rows, in order. url: of a running server of that model, instead of those that the stands describe.
+
+    Raises ServerFailed, ServerUnreachable, and CallsFailed when anything but a hang-up kept a call from its end.
+    """
     source, about = Prose(Tokenizer(model)), circumstances(torch.device("cpu"))
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=sum(len(stand.cells) for stand in stands))
         for stand in stands:
-            with RunningServer(model, (*stand.options, "--log-level", "warning")) as server:
+            with _server(model, stand, url) as at:
                 for cell in stand.cells:
                     progress.update(bar, description=_title(cell))
-                    rows.append({**cell.labels, **_measured(server.url, cell, source), **about})
+                    rows.append({**cell.labels, **_measured(at, cell, source), **about})
                     progress.advance(bar)
                     if not console.is_terminal:
                         speed, cores = rows[-1]["output_throughput"], rows[-1]["engine_cores"]
                         console.print(f"{_title(cell)}: {speed:.1f} tokens/s on {cores:.2f} cores")
     return rows
+
+
+@contextmanager
+def _server(model: str, stand: Stand, url: str | None) -> Iterator[str]:
+    if url is not None:
+        yield url
+        return
+    with RunningServer(model, (*stand.options, "--log-level", "warning")) as server:
+        yield server.url
 
 
 def _measured(url: str, cell: Cell, source: Prose) -> dict[str, Any]:

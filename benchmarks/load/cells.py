@@ -33,10 +33,9 @@ def workloads(share: float = 1.0) -> list[Stand]:
 
     def cell(name: str, method: str, **given: Any) -> Cell:
         given["num_prompts"] = max(2, round(share * given["num_prompts"]))
-        methods = (
-            {} if given["workload"] == "programs" or "request_methods" in given else {"request_methods": (method,)}
-        )
-        settings = BenchSettings(warmup_requests=1, flush_cache=True, **methods, **given)
+        if given["workload"] != "programs":
+            given.setdefault("request_methods", (method,))
+        settings = BenchSettings(warmup_requests=1, flush_cache=True, **given)
         return Cell({"benchmark": "load", "name": name, "method": method}, settings)
 
     def document(**given: Any) -> dict[str, Any]:

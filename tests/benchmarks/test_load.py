@@ -16,6 +16,7 @@ from benchmarks.load.cells import AXES, BASE, Cell, Stand, growth, workloads
 from benchmarks.load.prose import Prose
 from losa_runtime.tokenizer import Tokenizer
 from losa_server.bench.catalogue import WORKLOADS
+from losa_server.bench.running_server import RunningServer
 from losa_server.bench.settings import BenchSettings
 
 QUIET = Console(quiet=True)
@@ -113,6 +114,13 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
 
 
+def test_growth_has_servers_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--url", "http://127.0.0.1:9"])
+    assert "--url: growth needs servers of its own" in capsys.readouterr().err
+    assert main(["workloads", "--url", "http://127.0.0.1:9"]) == 1
+
+
 def test_nothing_to_report_on_is_said(tmp_path: Path) -> None:
     assert main(["growth", "--report-only", "--folder", str(tmp_path)]) == 1
 
@@ -132,6 +140,9 @@ def test_a_real_run(tiny_checkpoint: Path) -> None:
         assert 0 < found["host_share"] < 1 and found["kv_bytes_held"] > 0 and found["commit"]
         assert found["cache_hit_rate"] > 0.8  # the document was read before
     assert rows[0]["kv_density"] == 1.0 > rows[1]["kv_density"]
+    with RunningServer(str(tiny_checkpoint), ("--max-total-tokens", "4096")) as server:
+        [again] = run(str(tiny_checkpoint), [Stand((), tuple(cells[:1]))], QUIET, server.url)
+    assert again["completed"] == 3
     refused = base.model_copy(update={"prefix_len": 8192})
     with pytest.raises(CallsFailed, match="calls failed: 400"):
         run(str(tiny_checkpoint), [Stand((), (Cell({"name": "too long"}, refused),))], QUIET)

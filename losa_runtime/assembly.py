@@ -26,6 +26,7 @@ from losa_runtime.core.sampling_params import DiffusionParams
 from losa_runtime.decoding.registry import ALGORITHMS
 from losa_runtime.decoding.registry import resolve as resolve_decoding
 from losa_runtime.layers.linear import ROW_TILE, use_row_tile
+from losa_runtime.least_prefix import LeastPrefix, settle_least_prefix
 from losa_runtime.models.locate import locate_checkpoint
 from losa_runtime.models.model import load_model
 from losa_runtime.runner.cuda_recorder import CudaRecorder
@@ -47,7 +48,8 @@ CPU_POOL_CONTEXTS = 8
 class Parts(NamedTuple):
     """What an engine is made of.
 
-    sparse: what a request without wishes gets. context_length: prompt + output of one request, in whole blocks.
+    sparse: what a request without wishes gets. least_prefix: from which prefix on it gets it. context_length: prompt +
+    output of one request, in whole blocks.
     overlap: whether a forward is in flight between two steps of the engine.
     sparse_state_bytes: what the methods keep for running requests.
     """
@@ -59,6 +61,7 @@ class Parts(NamedTuple):
     runner: ModelRunner
     geometry: Geometry
     sparse: SparseParams
+    least_prefix: LeastPrefix
     context_length: int
     eos_token_ids: frozenset[int]
     overlap: bool
@@ -105,6 +108,8 @@ class Parts(NamedTuple):
             "sparse_method": config.sparse_method,
             "sparse_methods": list(self.runner.methods),
             "token_budget": self.sparse.token_budget,
+            "sparse_min_context": config.sparse_min_context,
+            "sparse_from": self.least_prefix.table(config, self.geometry),
             "sparse_options": self.sparse.options.model_dump(),
             "algorithm": config.algorithm,
             "algorithms": list(ALGORITHMS),
@@ -180,13 +185,14 @@ def assemble(config: EngineConfig) -> Parts:
         summaries=kept_summaries(config),
     )
     _log_summaries(pool, offered)
-    if config.debug_poison_pages:
-        pool.poison(np.arange(num_pages, dtype=np.int64))
     backend = make_backend(config.attention_backend, backend_config, pool)
     unmasker = Unmasker(model, model_config.mask_token_id, tokenizer.vocab_size, model_config.block_length)
     runner = ModelRunner(model, backend, make_methods(geometry, offered), unmasker, device)
     if recorded:
         _record_steps(config, runner, recorded, device)
+    least_prefix = settle_least_prefix(config, geometry, runner)
+    if config.debug_poison_pages:
+        pool.poison(np.arange(num_pages, dtype=np.int64))
     eos = model_config.eos_token_ids or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
     return Parts(
         config=config,
@@ -203,6 +209,7 @@ def assemble(config: EngineConfig) -> Parts:
         runner=runner,
         geometry=geometry,
         sparse=sparse,
+        least_prefix=least_prefix,
         context_length=context_length,
         eos_token_ids=frozenset(eos),
         overlap=_overlap(config, device),

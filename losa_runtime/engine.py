@@ -247,16 +247,20 @@ class Engine:
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         if len(ends | (eos if params.ignore_eos else frozenset())) + 1 >= tokenizer.vocab_size:
             raise InvalidRequest("sampling_params.stop_token_ids", "the whole vocabulary", "fewer tokens")
+        sparse = resolve_sparse(params.custom_params, self.config, self.parts.geometry)
+        decoding = resolve_decoding(params.custom_params, self.config, self.parts.model_config.block_length)
         return ReqSettings(
             seed=self._seed(request, params),
             limit=len(request.prompt_ids) + most,
             stop_ids=ends,
             ban_always=tuple(sorted(eos - frozenset(params.stop_token_ids))) if params.ignore_eos else (),
             ban_early=tuple(sorted(ends)) if params.min_new_tokens else (),
-            sparse=resolve_sparse(params.custom_params, self.config, self.parts.geometry),
-            decoding=resolve_decoding(params.custom_params, self.config, self.parts.model_config.block_length),
+            sparse=sparse,
+            decoding=decoding,
             text=TextStream(Detokenizer(tokenizer, params.skip_special_tokens), params.stop, params.no_stop_trim),
             guide=self._guides.make(params, ends, most, request.compiled),
+            sparse_from=self.parts.least_prefix.of(sparse, decoding),
+            dense=self.parts.least_prefix.dense,
         )
 
     def _text_of_ids(self) -> list[bytes]:

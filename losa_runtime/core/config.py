@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from losa_runtime.core.errors import ConfigError
 from losa_runtime.core.options import option
@@ -47,7 +47,8 @@ class EngineConfig(BaseModel):
     where its kernels are built and it has AVX2, on a GPU triton; else torch. max_total_tokens: None = from free memory
     times mem_fraction_static.
     sparse_method … denoising_steps: defaults of `DiffusionParams`, see there. token_budget: None = 1024, or the context
-    if that is shorter. sparse_methods: only the page summaries and the state of these take memory. sparse_options: of
+    if that is shorter. sparse_min_context: 0 = always the method; otherwise "dense" must be among the sparse_methods.
+    sparse_methods: only the page summaries and the state of these take memory. sparse_options: of
     `sparse_method`; they are not for requests that choose another method.
     """
 
@@ -115,6 +116,14 @@ class EngineConfig(BaseModel):
         {}, SPARSE, "further options of the method, e.g. '{\"dense_layers\": 2}'"
     )
 
+    sparse_min_context: int | Literal["auto"] = option(
+        0,
+        SPARSE,
+        "prefix tokens from which the method is used; blocks behind shorter ones attend densely (auto: from where it "
+        "is no slower here, measured at start)",
+        metavar="N|auto",
+    )
+
     algorithm: str = option(
         "low_confidence_dynamic", DECODING, "decoding algorithm", names=("algorithm", "dllm_algorithm"), metavar="NAME"
     )
@@ -125,6 +134,16 @@ class EngineConfig(BaseModel):
         False, MEMORY, "fill free pages with NaN, so that whoever reads one by mistake gets an error; slow"
     )
     show_progress: bool = True
+
+    @field_validator("sparse_min_context", mode="before")
+    @classmethod
+    def _tokens_or_auto(cls, value: object) -> object:
+        if value == "auto":
+            return value
+        tokens = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 10 else value
+        if type(tokens) is not int or not 0 <= tokens < 10**9:
+            raise ValueError("a number of tokens from 0, or auto")
+        return tokens
 
     @classmethod
     def parse(cls, **values: Any) -> EngineConfig:

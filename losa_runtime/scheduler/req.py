@@ -32,7 +32,8 @@ class ReqSettings(NamedTuple):
 
     limit: end position (exclusive) of prompt + output. stop_ids: tokens that end the output. ban_always: ids that are
     never chosen (EOS under ignore_eos); ban_early: ids not chosen before min_new_tokens. text: its stream of text.
-    guide: what the output must match, if anything.
+    sparse: what blocks read; behind fewer than `sparse_from` tokens they read `dense` instead. guide: what the output
+    must match, if anything.
     """
 
     seed: int
@@ -44,6 +45,15 @@ class ReqSettings(NamedTuple):
     decoding: DecodingParams
     text: TextStream
     guide: Guide | None = None
+    sparse_from: int = 0
+    dense: SparseParams | None = None
+
+    def reading(self, prefix: int) -> SparseParams:
+        """What a block behind so many tokens reads, in all its steps."""
+        if prefix >= self.sparse_from:
+            return self.sparse
+        assert self.dense is not None, "a least prefix without what is read below it"
+        return self.dense
 
 
 class Req:

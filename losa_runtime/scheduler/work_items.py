@@ -43,7 +43,7 @@ class WorkItems:
             step=block.step,
             candidates=block.candidates,
             known=block.known,
-            sparse=req.settings.sparse,
+            sparse=req.settings.reading(block.start),
             decoding=req.settings.decoding,
             context=req.row_context(),
             unmasked=block.unmasked,

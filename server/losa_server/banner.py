@@ -102,7 +102,17 @@ def _batching(info: Facts) -> str:
 def _sparse(info: Facts) -> str:
     if info.get("sparse_method") == "dense":
         return "dense (a request may choose another in custom_params)"
-    return _join(info, ("{}", "sparse_method"), ("budget {} tokens", "token_budget"))
+    text = _join(info, ("{}", "sparse_method"), ("budget {} tokens", "token_budget"))
+    return text if info.get("sparse_min_context") in (None, 0) else f"{text}, {_least_prefix(info)}"
+
+
+def _least_prefix(info: Facts) -> str:
+    """From which prefix on the method is used, where that is not always."""
+    least = (info.get("sparse_from") or {}).get(info["sparse_method"])
+    why = " (measured)" if info["sparse_min_context"] == "auto" else ""
+    if least is None:
+        return f"but dense up to the longest context{why}"
+    return f"dense below {least:,} tokens of context{why}"
 
 
 def _decoding(info: Facts) -> str:

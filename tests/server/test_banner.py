@@ -39,6 +39,20 @@ def test_the_table_tells_everything() -> None:
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("rule", "least", "words"),
+    [
+        ("auto", 1536, "losa, budget 512 tokens, dense below 1,536 tokens of context (measured)"),
+        ("auto", None, "losa, budget 512 tokens, but dense up to the longest context (measured)"),
+        (4096, 4096, "losa, budget 512 tokens, dense below 4,096 tokens of context"),
+    ],
+)
+def test_from_which_context_on_the_method_is_used(rule: object, least: int | None, words: str) -> None:
+    facts = {**FACTS, "sparse_min_context": rule, "sparse_from": {"dense": 0, "losa": least}}
+    assert words in shown(show_start, facts, 1.0)
+    assert "dense below" not in shown(show_start, {**facts, "sparse_min_context": 0}, 1.0)
+
+
 def test_unknown_facts_are_left_out() -> None:
     text = shown(show_start, {"model_path": "m", "sparse_method": "dense"}, 0.0)
     assert "dense (a request may choose another" in text

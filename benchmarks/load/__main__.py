@@ -18,7 +18,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Replace the file, at once."""
+def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace the file when all rows are there; until then they stand in a file beside it, .new."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
-    new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with new.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row) + "\n")
+            stream.flush()
     new.replace(file)
 
 

@@ -29,13 +29,12 @@ class CallsFailed(LosaError):
     """Calls of a cell were not answered, so its figures mean nothing."""
 
 
-def run(model: str, stands: Sequence[Stand], console: Console, url: str | None = None) -> list[dict[str, Any]]:
-    """All rows, in order. url: of a running server of that model, instead of those that the stands describe.
+def run(model: str, stands: Sequence[Stand], console: Console, url: str | None = None) -> Iterator[dict[str, Any]]:
+    """All rows, in order, as they are measured. url: of a running server of that model, instead of the stands' own.
 
     Raises ServerFailed, ServerUnreachable, and CallsFailed when anything but a hang-up kept a call from its end.
     """
     source, about = Prose(Tokenizer(model)), circumstances(torch.device("cpu"))
-    rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=sum(len(stand.cells) for stand in stands))
@@ -43,12 +42,12 @@ def run(model: str, stands: Sequence[Stand], console: Console, url: str | None =
             with _server(model, stand, url) as at:
                 for cell in stand.cells:
                     progress.update(bar, description=_title(cell))
-                    rows.append({**cell.labels, **_measured(at, cell, source), **about})
+                    row = {**cell.labels, **_measured(at, cell, source), **about}
+                    yield row
                     progress.advance(bar)
                     if not console.is_terminal:
-                        speed, cores = rows[-1]["output_throughput"], rows[-1]["engine_cores"]
+                        speed, cores = row["output_throughput"], row["engine_cores"]
                         console.print(f"{_title(cell)}: {speed:.1f} tokens/s on {cores:.2f} cores")
-    return rows
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,14 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl") == [{"x": 3}]
     assert list(tmp_path.iterdir()) == [tmp_path / "a.jsonl"]
 
+    def breaks_off() -> Iterator[dict[str, Any]]:
+        yield {"x": 4}
+        raise OSError
+
+    with pytest.raises(OSError):
+        write(tmp_path / "a.jsonl", breaks_off())
+    assert read(tmp_path / "a.jsonl") == [{"x": 3}] and read(tmp_path / "a.new") == [{"x": 4}]
+
 
 def test_growth_has_servers_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -133,7 +142,7 @@ def test_a_real_run(tiny_checkpoint: Path) -> None:
         Cell({"name": method}, base.model_copy(update={"request_methods": (method,)}), primed=True)
         for method in ("dense", "losa:32")
     ]
-    rows = run(str(tiny_checkpoint), [Stand(("--max-total-tokens", "4096"), tuple(cells))], QUIET)
+    rows = list(run(str(tiny_checkpoint), [Stand(("--max-total-tokens", "4096"), tuple(cells))], QUIET))
     assert [row["name"] for row in rows] == ["dense", "losa:32"]
     for found in rows:
         assert (found["completed"], found["total_output_tokens"]) == (3, 48)
@@ -145,4 +154,4 @@ def test_a_real_run(tiny_checkpoint: Path) -> None:
     assert again["completed"] == 3
     refused = base.model_copy(update={"prefix_len": 8192})
     with pytest.raises(CallsFailed, match="calls failed: 400"):
-        run(str(tiny_checkpoint), [Stand((), (Cell({"name": "too long"}, refused),))], QUIET)
+        list(run(str(tiny_checkpoint), [Stand((), (Cell({"name": "too long"}, refused),))], QUIET))

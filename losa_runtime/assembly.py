@@ -69,6 +69,11 @@ class Parts(NamedTuple):
     tokenizer_folder: str
     sparse_state_bytes: int
 
+    @property
+    def fused_commit(self) -> bool:
+        """Whether a finished block is stored in the forward that opens the next one: not if that needs its logits."""
+        return not (self.config.disable_fused_commit or self.runner.model.shifted_logits)
+
     def info(self) -> dict[str, object]:
         """Facts about the engine, JSON-able."""
         pool, model, config = self.runner.backend.pool, self.model_config, self.config
@@ -101,7 +106,8 @@ class Parts(NamedTuple):
             "radix_eviction_policy": config.radix_eviction_policy,
             "schedule_policy": config.schedule_policy,
             "deterministic": config.deterministic,
-            "fused_commit": not config.disable_fused_commit,
+            "fused_commit": self.fused_commit,
+            "shifted_logits": self.runner.model.shifted_logits,
             "overlap_schedule": self.overlap,
             "cuda_graph_max_bs": 0 if self.runner.graphs is None else self.runner.graphs.most,
             "debug_poison_pages": config.debug_poison_pages,

@@ -60,8 +60,9 @@ class Engine:
                 max_running=config.max_running_requests,
                 max_queued=config.max_queued_requests,
                 prefill_budget=max(config.chunked_prefill_size, self.parts.model_config.block_length),
-                fuse_commit=not config.disable_fused_commit,
+                fuse_commit=self.parts.fused_commit,
                 policy=config.schedule_policy,
+                shifted_logits=self.parts.runner.model.shifted_logits,
             ),
         )
         self.overlap = self.parts.overlap
@@ -143,7 +144,7 @@ class Engine:
         """Whether a forward that touches nobody's pages and state, one masked block at position 0, succeeds."""
         mask, nobody = self.parts.model_config.mask_token_id, np.empty(0, dtype=np.int32)
         block = np.full(self.parts.model_config.block_length, mask, dtype=np.int64)
-        none, first = block[:0], np.zeros(1, dtype=np.int64)
+        none, first = block[:0], np.array([int(self.parts.runner.model.shifted_logits)])
         context = RowContext(SamplingParams(), 0, (), (), 0, nobody, nobody)
         probe = WorkItem(ForwardMode.SCORE, block, 0, none, candidates=first, target=0, context=context)
         try:
@@ -216,6 +217,8 @@ class Engine:
                 f"at most {limit - len(ids)} behind a prompt of {len(ids)} tokens (context length {limit})",
             )
         self._check_ids(ids)
+        if request.score is not None and request.score.start == 0 and self.parts.runner.model.shifted_logits and ids:
+            raise InvalidRequest("logprob_start_len", 0, "at least 1: this model predicts a token from the one before")
         if request.score is not None and request.score.start > len(ids):
             raise InvalidRequest("logprob_start_len", request.score.start, f"at most the prompt's {len(ids)} tokens")
 

@@ -5,13 +5,14 @@ Plain tables. The classes behind the served ones are in `losa_runtime.models.mod
 
 from __future__ import annotations
 
-from losa_runtime.core.families import a2d, llada2, sdar, sdar_moe
+from losa_runtime.core.families import a2d, fast_dllm, llada2, sdar, sdar_moe
 from losa_runtime.core.families.family import Family
 
 SUPPORTED: dict[str, Family] = {
     "SDARForCausalLM": sdar.FAMILY,
     "SDARMoeForCausalLM": sdar_moe.FAMILY,
     "LLaDA2MoeModelLM": llada2.FAMILY,
+    "Fast_dLLM_QwenForCausalLM": fast_dllm.FAMILY,
     "A2DQwen3LMHeadModel": a2d.FAMILY,
 }
 
@@ -25,7 +26,6 @@ REFUSED_ARCHITECTURES: dict[str, str] = {
     **dict.fromkeys(
         ("LLaDAModelLM", "LLaDAMoEModelLM", "LLaDAMoEModel", "DreamModel", "DreamForCausalLM"), _FULL_ATTENTION
     ),
-    "Fast_dLLM_QwenForCausalLM": "a model with shifted logits (position i is predicted at i-1), not implemented here",
     **dict.fromkeys(("A2DQwen2LMHeadModel", "A2DLlamaLMHeadModel"), _OTHER_BACKBONE),
     **dict.fromkeys(
         (

@@ -47,7 +47,8 @@ class WorkItem(NamedTuple):
     tokens: [n] as the model sees them (MASK where masked). start: position of the first, = committed tokens before it.
     pages: page table of the request, a view, covering what the segment reads and writes. For block segments:
     candidates: offsets that may be unmasked (for SCORE: the one scored offset); target: the scored token; unmasked:
-    tokens accepted in this block before this step.
+    tokens accepted in this block before this step. With shifted logits a store segment may have a candidate, too: the
+    offset behind its rows, that is the next block's first; and a scored offset may lie there.
     """
 
     mode: ForwardMode
@@ -89,9 +90,9 @@ class SegmentCost(NamedTuple):
 
 class BlockResult(NamedTuple):
     """The outcome of one segment. offsets: accepted candidates; tokens, logprobs: theirs; for SCORE: the score of the
-    one candidate; empty for a store segment. cost: of a denoising step, else None. error: why the segment has no usable
-    result (logits, or K/V that were stored, are not numbers); offsets, tokens and logprobs are then empty.
-    alternatives: one beside each logprob, where the request wants them."""
+    one candidate; empty for a store segment without a candidate. cost: of a denoising step, else None. error: why the
+    segment has no usable result (logits, or K/V that were stored, are not numbers); offsets, tokens and logprobs are
+    then empty. alternatives: one beside each logprob, where the request wants them."""
 
     offsets: Ids
     tokens: Ids

@@ -54,6 +54,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "SDARForCausalLM": ("losa_runtime.models.sdar", "SDARForCausalLM"),
     "SDARMoeForCausalLM": ("losa_runtime.models.sdar_moe", "SDARMoeForCausalLM"),
     "LLaDA2MoeModelLM": ("losa_runtime.models.llada2", "LLaDA2MoeModelLM"),
+    "Fast_dLLM_QwenForCausalLM": ("losa_runtime.models.fast_dllm", "FastDLLMForCausalLM"),
     "A2DQwen3LMHeadModel": ("losa_runtime.models.a2d", "A2DQwen3LMHeadModel"),
 }
 

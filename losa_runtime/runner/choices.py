@@ -51,7 +51,9 @@ class GuidedBlock(NamedTuple):
         assert item.context is not None and item.candidates is not None
         guide, sampling = item.context.guide, item.context.sampling
         assert isinstance(guide, OutputGuide)
-        tokens = item.tokens[item.known : item.known + item.candidates.size + item.unmasked].copy()
+        tokens: Ids = np.full(item.candidates.size + item.unmasked, -1, dtype=np.int64)
+        own = item.tokens[item.known : item.known + tokens.size]  # none, where a stored block asks what lies behind it
+        tokens[: own.size] = own
         holes = item.candidates - item.known
         tokens[holes] = -1
         path = sampling.custom_params.grammar_mode != "valid"

@@ -94,15 +94,19 @@ class ModelRunner:
 
         Sampling has to know numbers, so it waits for the device anyway.
         """
-        blocks = [item for item in items if not item.mode.stores]
-        results = self._unmasker(blocks, hidden_TC[batch.stored :])
+        asked = [(item, rows.start) for item, rows in zip(items, batch.segments, strict=False) if _is_asked(item)]
+        answers = iter(self._unmasker([item for item, _ in asked], [row for _, row in asked], hidden_TC))
         stored = self.stored(batch, hidden_TC)
         self.forward_s += time.perf_counter() - began
-        reports = attend.report()[: len(blocks)]
-        return stored + [
-            result if item.mode is ForwardMode.SCORE else result._replace(cost=_cost(report))
-            for item, result, report in zip(blocks, results, reports, strict=True)
-        ]
+        reports = attend.report()
+        results = []
+        for item, sound in zip(items, stored, strict=False):  # stores come first
+            answer = next(answers) if _is_asked(item) else sound
+            results.append(sound if sound.error is not None else answer)
+        for item, report in zip(items[len(stored) :], reports, strict=False):
+            answer = next(answers)
+            results.append(answer if item.mode is ForwardMode.SCORE else answer._replace(cost=_cost(report)))
+        return results
 
     def stored(self, batch: ForwardBatch, hidden_TC: Tensor) -> list[BlockResult]:
         """One result per store segment. What is no number in a row's K/V of any layer is none in its last hidden state,
@@ -130,11 +134,16 @@ class ModelRunner:
         segments: list[Segment] = []
         row = 0
         for item, pages in zip(items, tables, strict=True):
-            masked = None if item.candidates is None else tuple(item.candidates.tolist())
+            masked = tuple(item.candidates.tolist()) if item.candidates is not None and not item.mode.stores else None
             about = (item.slot, item.step, item.sparse, item.unmasked, masked)
             segments.append(Segment(item.mode, row, row + item.tokens.size, item.start, pages, *about))
             row += item.tokens.size
         return ForwardBatch(tokens_T, positions_T, tuple(segments), locations_T, self.model.config.block_length)
+
+
+def _is_asked(item: WorkItem) -> bool:
+    """Whether logits are wanted: of every block segment, and of a store segment that asks for the token behind it."""
+    return not item.mode.stores or item.candidates is not None
 
 
 def _cost(report: SegmentReport) -> SegmentCost:

@@ -41,12 +41,16 @@ class Unmasker:
         self.block_length = block_length
         self.rows_per_chunk = max(block_length, _LOGITS_PER_CHUNK // model.config.vocab_size)
 
-    def __call__(self, items: Sequence[WorkItem], hidden_TC: Tensor) -> list[BlockResult]:
-        """One result per block segment. hidden_TC: their rows, block_length each, in the order of `items`."""
+    def __call__(self, items: Sequence[WorkItem], first_rows: Sequence[int], hidden_TC: Tensor) -> list[BlockResult]:
+        """One result per segment. first_rows: where the rows of each begin in hidden_TC.
+
+        With shifted logits the row before a candidate speaks for it; no candidate is its segment's first position.
+        """
+        shift = int(self.model.shifted_logits)
         results: dict[int, BlockResult] = {}
         for chunk in self._chunks(items):
             offsets = [item.candidates for item in items]
-            rows = np.concatenate([_offsets(offsets[s]) + s * self.block_length for s in chunk])
+            rows = np.concatenate([_offsets(offsets[s]) + first_rows[s] for s in chunk]) - shift
             logits_RV = self.model.logits(hidden_TC[torch.from_numpy(rows).to(hidden_TC.device)])
             results.update(self._decide(items, chunk, logits_RV))
         return [results[s] for s in range(len(items))]

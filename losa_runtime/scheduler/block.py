@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,14 +11,26 @@ from losa_runtime.core.request import Alternatives
 from losa_runtime.core.work import Ids
 
 
+class FirstToken(NamedTuple):
+    """What the last row of a stored block has brought, with shifted logits: the next block's first token."""
+
+    token: int
+    logprob: float
+    alternatives: Alternatives | None
+
+
 class DiffusionBlock:
     """B positions from `start` on: `known` given tokens (the tail of a prompt), then masks that become tokens.
+
+    foretold: with shifted logits, the token of offset 0 comes from the block before, ahead of the first step.
 
     limit: offsets at or behind it are never unmasked (no work past max_new_tokens); they stay MASK to the end, so a
     block whose limit is below B is the request's last and its K/V is never stored.
     """
 
-    __slots__ = ("alternatives", "known", "latest", "limit", "logprobs", "masked", "start", "step", "tokens")
+    __slots__ = (
+        *("alternatives", "foretold", "known", "latest", "limit", "logprobs", "masked", "start", "step", "tokens"),
+    )
 
     def __init__(self, start: int, known: Ids, limit: int, block_length: int, mask_token_id: int) -> None:
         assert start % block_length == 0 and known.size < block_length and known.size < limit <= block_length
@@ -28,6 +42,7 @@ class DiffusionBlock:
         self.logprobs: NDArray[np.float64] = np.zeros(block_length)
         self.alternatives: dict[int, Alternatives] = {}  # by offset, for a request that wants them
         self.step = 0
+        self.foretold = False
         self.latest: tuple[int, ...] = ()  # offsets accepted in the last step
 
     @property
@@ -58,6 +73,14 @@ class DiffusionBlock:
         self.masked[offsets] = False
         self.latest = tuple(offsets.tolist())
         self.step += 1
+
+    def foretell(self, first: FirstToken) -> None:
+        """Put the token that the block before has brought at offset 0. No step of this block."""
+        assert self.known == 0 and self.step == 0
+        self.tokens[0], self.logprobs[0], self.masked[0] = first.token, first.logprob, False
+        if first.alternatives is not None:
+            self.alternatives[0] = first.alternatives
+        self.foretold = True
 
     def first_stop(self, stop_ids: frozenset[int]) -> int | None:
         """Offset of the first generated stop token with nothing masked before it, if there is one."""

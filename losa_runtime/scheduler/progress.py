@@ -83,13 +83,14 @@ def _deliver(req: Req, step: Step, end: int) -> News:
 def traced(req: Req, block: DiffusionBlock, news: News | None) -> News:
     """The news with the step that the block has just taken, also where there is no other news."""
     shift = block.start - req.prompt_len
+    latest = (0, *block.latest) if block.foretold and block.step <= 1 else block.latest
     step = StepTrace(
         start=block.known + shift,
         stop=block.limit + shift,
-        step=block.step - 1,
-        positions=tuple(offset + shift for offset in block.latest),
-        token_ids=tuple(int(block.tokens[offset]) for offset in block.latest),
-        logprobs=tuple(float(block.logprobs[offset]) for offset in block.latest),
+        step=max(0, block.step - 1),
+        positions=tuple(offset + shift for offset in latest),
+        token_ids=tuple(int(block.tokens[offset]) for offset in latest),
+        logprobs=tuple(float(block.logprobs[offset]) for offset in latest),
     )
     return (news or News())._replace(trace=(step,))
 

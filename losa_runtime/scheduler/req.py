@@ -13,7 +13,7 @@ from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.decoding_params import DecodingParams
 from losa_runtime.core.request import Alternatives, Request
 from losa_runtime.core.work import Guide, Ids, RowContext
-from losa_runtime.scheduler.block import DiffusionBlock
+from losa_runtime.scheduler.block import DiffusionBlock, FirstToken
 from losa_runtime.scheduler.costs import CostSum
 from losa_runtime.text_stream import TextStream
 
@@ -60,7 +60,8 @@ class Req:
     """One live request.
 
     tokens[:length] are the prompt and the output of finished blocks; `committed` of them have K/V in pages of `lease`
-    (a multiple of B). `block` is the one being denoised, `opening` the next one while it shares the commit's forward.
+    (a multiple of B). `block` is the one being denoised, `opening` the next one while it shares the commit's forward,
+    `first` (with shifted logits) the token that those committed have brought for the position behind them.
     `slot` indexes method state while the request runs, -1 else. The K/V of the first `trusted` tokens were there before
     this request came; what lies behind, it may have stored itself.
     """
@@ -81,6 +82,7 @@ class Req:
         self.slot = -1
         self.block: DiffusionBlock | None = None
         self.opening: DiffusionBlock | None = None
+        self.first: FirstToken | None = None
         self.scores: list[float] = []
         self.score_alternatives: list[Alternatives] = []
         self.completion_tokens = 0
@@ -131,7 +133,10 @@ class Req:
         """The block at `start`, with the known tokens behind it."""
         known: Ids = self.tokens[start : max(start, self.length)].astype(np.int64)
         limit = min(self.block_length, self.settings.limit - start)
-        return DiffusionBlock(start, known, limit, self.block_length, mask_token_id)
+        block = DiffusionBlock(start, known, limit, self.block_length, mask_token_id)
+        if self.first is not None and start == self.length:
+            block.foretell(self.first)
+        return block
 
     def row_context(self) -> RowContext:
         """What sampling needs to know of this request; views, valid during the round."""
@@ -159,5 +164,5 @@ class Req:
         """Forget pages and the block in the making, keep finished tokens: random numbers are a function of (seed,
         position, step), so the block comes out the same when it is opened again."""
         self.committed, self.slot, self.lease = 0, -1, None
-        self.block = self.opening = None
+        self.block = self.opening = self.first = None
         self.cost.retractions += 1

@@ -25,6 +25,7 @@ from losa_runtime.core.batch import ForwardMode
 from losa_runtime.core.errors import InvalidRequest, QueueFull
 from losa_runtime.core.request import FinishReason, RequestOutput
 from losa_runtime.core.work import BlockResult, Round, WorkItem
+from losa_runtime.scheduler.block import DiffusionBlock, FirstToken
 from losa_runtime.scheduler.outbox import Outbox
 from losa_runtime.scheduler.policy import Policy, in_order
 from losa_runtime.scheduler.progress import Step, error, judge
@@ -41,7 +42,9 @@ LOOKAHEAD = 32  # waiting requests considered per round, so that a long queue co
 class SchedulerLimits(NamedTuple):
     """block_length, mask_token_id: of the model. max_running, max_queued: requests. prefill_budget: tokens of prompt
     (and rows of scoring) per round. fuse_commit: a commit shares its forward with the next block's first step. policy:
-    see `in_order`."""
+    see `in_order`. shifted_logits: of the model; a block's first token comes with the commit (or prefill) of the block
+    before it, so commits are not fused, and a prompt of whole blocks computes its last one even if the cache has it.
+    """
 
     block_length: int
     mask_token_id: int
@@ -50,12 +53,14 @@ class SchedulerLimits(NamedTuple):
     prefill_budget: int
     fuse_commit: bool
     policy: Policy = "fcfs"
+    shifted_logits: bool = False
 
 
 class Scheduler:
     """Owns the queue, the running requests, the state slots and, through PrefixCache, the pages."""
 
     def __init__(self, cache: PrefixCache, limits: SchedulerLimits) -> None:
+        assert not (limits.fuse_commit and limits.shifted_logits)
         self.cache, self.limits = cache, limits
         self.waiting: deque[Req] = deque()
         self.running: list[Req] = []
@@ -64,7 +69,7 @@ class Scheduler:
         self._released: list[int] = []  # slots whose method state is still to be forgotten
         self._told = 0  # of those, in the current round
         self._in_round: list[tuple[Req, WorkItem]] = []
-        self._items = WorkItems(limits.block_length, limits.mask_token_id, cache.page_size)
+        self._items = WorkItems(limits.block_length, limits.mask_token_id, cache.page_size, limits.shifted_logits)
         self._outbox = Outbox()
         self._trial = Trial()
         self.prompt_tokens = self.hit_tokens = self.retractions = 0
@@ -177,6 +182,8 @@ class Scheduler:
                 self.dropped += 1
                 continue
             (self._store if item.mode.stores else self._apply)(req, item, result)
+        for req in [r for r in self.running if r.first is not None and r.block is None and not r.unscored]:
+            self._begin(req)
         for req in [r for r in self.running if self._has_nothing_to_generate(r)]:
             self._end(req, FinishReason(type="length", length=0))
 
@@ -223,9 +230,19 @@ class Scheduler:
             self._end(req, error("the engine failed on this request's results; the server's log says why"))
             return
         if step is not None and (step.end is not None or req.request.trace):
-            self._outbox.put(req, step)
-            if step.last:
-                self._leave(req)
+            self._report(req, step)
+
+    def _begin(self, req: Req) -> None:
+        """Open the block whose first token is there; with it, the request may be at its end."""
+        req.block = req.open_block(req.committed, self.limits.mask_token_id)
+        step = self._judge(req, req.block)
+        if step.end is not None:
+            self._report(req, step)
+
+    def _report(self, req: Req, step: Step) -> None:
+        self._outbox.put(req, step)
+        if step.last:
+            self._leave(req)
 
     def _progress(self, req: Req, item: WorkItem, result: BlockResult) -> Step | None:
         block = req.block
@@ -238,6 +255,10 @@ class Scheduler:
         block.accept(result.offsets, result.tokens, result.logprobs)
         if result.alternatives is not None:
             block.alternatives.update(zip(block.latest, result.alternatives, strict=True))
+        return self._judge(req, block)
+
+    def _judge(self, req: Req, block: DiffusionBlock) -> Step:
+        """What the block is now, and its tokens for good if it is finished."""
         step = judge(req, block)
         req.cost.blocks += step.end is not None
         if step.end is not None and not step.last:
@@ -255,6 +276,9 @@ class Scheduler:
         self.cache.publish(req.lease, req.tokens[: req.committed])
         if item.mode is ForwardMode.COMMIT:
             req.block, req.opening = req.opening, None
+        if result.tokens.size:
+            others = None if result.alternatives is None else result.alternatives[0]
+            req.first = FirstToken(int(result.tokens[0]), float(result.logprobs[0]), others)
 
     def _unusable(self, req: Req, result: BlockResult) -> None:
         """Numbers that are none: the request ends, and nobody will find what it has stored since it came. The K/V of
@@ -299,27 +323,33 @@ class Scheduler:
         if not self.waiting or not self._slots:
             return
         for req in in_order(self.limits.policy, self.waiting, self.cache)[:LOOKAHEAD]:
-            known = req.tokens[: req.prefill_target]
-            if self._prefix_in_flight(req, self.cache.peek(req.request.namespace, known)):
+            reusable = self._reusable(req)
+            if self._prefix_in_flight(req, reusable.size, self.cache.peek(req.request.namespace, reusable)):
                 continue
-            if not self._try_admit(req, known):
+            if not self._try_admit(req, reusable):
                 break
             self.waiting.remove(req)
             self.running.append(req)
             if not self._slots:
                 break
 
-    def _try_admit(self, req: Req, known: TokenIds) -> bool:
+    def _reusable(self, req: Req) -> TokenIds:
+        """The known tokens that may come from the cache: all, but the last block where its logits are needed."""
+        needed = self.limits.shifted_logits and req.prefill_target == req.length < req.settings.limit
+        return req.tokens[: req.prefill_target - (self.limits.block_length if needed else 0)]
+
+    def _try_admit(self, req: Req, reusable: TokenIds) -> bool:
         """Give a request its lease and slot; False (and nothing changed) if its known tokens do not fit now.
 
         A block's worth of pages stays in reserve for each running request, so that a newcomer does not at once push
         another one out.
         """
-        lease = self.cache.open(req.request.namespace, known, self._pages(req.tokens.size))
+        lease = self.cache.open(req.request.namespace, reusable, self._pages(req.tokens.size))
         hit = lease.count * self.cache.page_size
         reserve = self._pages(self.limits.block_length) * len(self.running)
         need = self._pages(req.prefill_target) - lease.count
-        if (self.running and need + reserve > self.cache.available) or not self.cache.grow(lease, known.size):
+        crowded = self.running and need + reserve > self.cache.available
+        if crowded or not self.cache.grow(lease, req.prefill_target):
             self.cache.close(lease)
             return False
         self.cache.count_hit(lease)
@@ -332,11 +362,10 @@ class Scheduler:
             self.hit_tokens += hit
         return True
 
-    def _prefix_in_flight(self, req: Req, hit: int) -> bool:
-        """True if a running prefill will soon provide more of this prefix than the cache has now."""
+    def _prefix_in_flight(self, req: Req, end: int, hit: int) -> bool:
+        """True if a running prefill will soon provide more of the prefix up to `end` than the cache has now."""
         if not self.cache.reuse:
             return False
-        end = req.prefill_target
         for other in self.running:
             if not other.prefilling or other.request.namespace != req.request.namespace:
                 continue

@@ -14,10 +14,14 @@ from losa_runtime.scheduler.req import Req
 
 
 class WorkItems:
-    """Writes them for a model with this block length and mask, over pages of this many tokens."""
+    """Writes them for a model with this block length and mask, over pages of this many tokens.
 
-    def __init__(self, block_length: int, mask_token_id: int, page_size: int) -> None:
+    shifted_logits: of the model; what stores the last known whole block then also asks for the token behind it.
+    """
+
+    def __init__(self, block_length: int, mask_token_id: int, page_size: int, shifted_logits: bool) -> None:
         self._block_length, self._mask, self._page_size = block_length, mask_token_id, page_size
+        self._shifted = shifted_logits
 
     def prefill(self, req: Req, budget: int) -> WorkItem | None:
         """The next whole blocks of the prompt, within `budget` tokens; None if not even one fits."""
@@ -25,12 +29,20 @@ class WorkItems:
         if size <= 0:
             return None
         tokens = req.tokens[req.committed : req.committed + size].astype(np.int64)
-        return WorkItem(ForwardMode.PREFILL, tokens, req.committed, self._table(req, req.committed + size))
+        item = WorkItem(ForwardMode.PREFILL, tokens, req.committed, self._table(req, req.committed + size))
+        return self._asking_on(req, item)
 
     def commit(self, req: Req, block: DiffusionBlock) -> WorkItem:
         """A finished block, to be stored."""
         table = self._table(req, block.start + block.tokens.size)
-        return WorkItem(ForwardMode.COMMIT, block.tokens.copy(), block.start, table)
+        return self._asking_on(req, WorkItem(ForwardMode.COMMIT, block.tokens.copy(), block.start, table))
+
+    def _asking_on(self, req: Req, item: WorkItem) -> WorkItem:
+        size = item.tokens.size
+        if not self._shifted or item.start + size != req.length or req.length >= req.settings.limit:
+            return item
+        behind = np.array([size], dtype=np.int64)
+        return item._replace(candidates=behind, known=size, decoding=req.settings.decoding, context=req.row_context())
 
     def block(self, req: Req, block: DiffusionBlock) -> WorkItem:
         """A step of an unfinished block."""
@@ -55,6 +67,8 @@ class WorkItems:
         items = []
         for position in req.unscored[:count]:
             start, offset = position - position % b, position % b
+            if offset == 0 and self._shifted:
+                start, offset = start - b, b  # the last row of the block before speaks for it
             tokens = np.full(b, self._mask, dtype=np.int64)
             tokens[:offset] = req.tokens[start:position]
             items.append(

@@ -50,7 +50,9 @@ def generate(
     while len(x) < end:
         start = len(x) - len(x) % b
         if shift and len(x) == start:
-            logits = forward(model, x)[-1]
+            logits = forward(model, x)[-1].clone()
+            if seen_logits is not None:
+                seen_logits.append(logits[None].clone())
             logits[mask] = logits[vocab_size or logits.shape[0] :] = -torch.inf
             x.append(int(logits.argmax()))
         x += [mask] * (start + b - len(x))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from losa_runtime import LLM, SamplingParams
-from losa_runtime.attention.backend import BACKENDS
+from losa_runtime.attention.registry import BACKENDS
 from losa_runtime.core.architectures import SUPPORTED
 from losa_runtime.core.sampling_params import DiffusionParams
 from losa_runtime.models.random_checkpoint import write_random_checkpoint

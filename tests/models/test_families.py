@@ -44,6 +44,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("LLaDA2MoeModelLM", {"n_group": 1, "topk_group": 1, "num_shared_experts": 2, "norm_topk_prob": False}),
     ("LLaDA2MoeModelLM", {"partial_rotary_factor": 1.0, "first_k_dense_replace": 0, "num_shared_experts": 0}),
     ("LLaDA2MoeModelLM", {"partial_rotary_factor": 0.25, "tie_word_embeddings": True, "num_experts_per_tok": 4}),
+    ("Fast_dLLM_QwenForCausalLM", {"head_dim": 16}),
+    ("Fast_dLLM_QwenForCausalLM", {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     ("A2DQwen3LMHeadModel", {}),
 ]
 

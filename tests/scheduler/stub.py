@@ -52,12 +52,14 @@ class World:
         policy: Policy = "fcfs",
         overlap: bool = False,
         sudden: bool = False,
+        shifted: bool = False,
     ) -> None:
         self.block, self.page, self.overlap = block, page, overlap
         self.sudden = sudden  # a forward that raises does so when it is launched, not when it is waited for
         self.flight: tuple[list[BlockResult], bool] | None = None  # results of the forward in flight; whether it raises
         self.cache = PrefixCache(pages, page, block, reuse=reuse)
-        limits = SchedulerLimits(block, MASK, running, queue, budget, fuse, policy)
+        limits = SchedulerLimits(block, MASK, running, queue, budget, fuse and not shifted, policy, shifted)
+        self.shifted = shifted
         self.scheduler = Scheduler(self.cache, limits)
         self.content: dict[int, tuple[int, ...]] = {}
         self.outputs: dict[str, list[RequestOutput]] = {}
@@ -168,8 +170,13 @@ class World:
     def result(self, item: WorkItem) -> BlockResult:
         if item.mode.stores:
             positions = np.arange(item.start, item.start + item.tokens.size)
-            return nothing("broken" if self.breaking & set(positions.tolist()) else None)
+            if item.candidates is None or self.breaking & set(positions.tolist()):
+                return nothing("broken" if self.breaking & set(positions.tolist()) else None)
+            assert self.shifted and item.candidates.tolist() == [item.tokens.size] == [item.known]
+            behind = item.candidates + item.start
+            return BlockResult(np.zeros(1, dtype=np.int64), behind * 7 % 50, np.array([-0.25]))
         assert item.candidates is not None
+        assert not self.shifted or item.candidates.min(initial=1) > 0, "no row speaks for a block's first position"
         positions = item.candidates + item.start
         if self.failing & set(positions.tolist()):
             return BlockResult(item.candidates[:0], item.candidates[:0], np.empty(0), error="unusable")

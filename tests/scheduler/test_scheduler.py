@@ -27,9 +27,9 @@ def until(tokens: list[int], stop: str | None) -> tuple[list[int], str]:
 
 @pytest.mark.parametrize("prompt_len", [1, 3, 4, 5, 8, 17])
 @pytest.mark.parametrize("new", [1, 4, 6, 13])
-@pytest.mark.parametrize("fuse", [True, False])
-def test_every_length_yields_its_tokens(prompt_len: int, new: int, fuse: bool) -> None:
-    world = World(pages=32, fuse=fuse)
+@pytest.mark.parametrize("kind", [{"fuse": True}, {"fuse": False}, {"shifted": True}], ids=str)
+def test_every_length_yields_its_tokens(prompt_len: int, new: int, kind: dict[str, bool]) -> None:
+    world = World(pages=32, **kind)
     world.add("r", list(range(prompt_len)), new)
     world.drain()
     assert world.tokens("r") == expected(prompt_len, new)
@@ -247,11 +247,11 @@ def test_slots_are_released_even_when_nothing_is_left_to_run() -> None:
     assert world.rounds[-1].released == (slot,) and not world.rounds[-1].items
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("kind", [{"fuse": True}, {"fuse": False}, {"shifted": True}], ids=str)
 @pytest.mark.parametrize("rounds", range(12))
-def test_a_request_that_raises_ends_alone(fuse: bool, rounds: int) -> None:
+def test_a_request_that_raises_ends_alone(kind: dict[str, bool], rounds: int) -> None:
     """Whatever the round at which it begins to raise."""
-    world = World(pages=64, fuse=fuse)
+    world = World(pages=64, **kind)
     for i, rid in enumerate("abcd"):
         world.add(rid, list(range(i, i + 7)), 14, score=2 if rid == "d" else None)
     for _ in range(rounds):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load.cells import AXES
-from benchmarks.load.tables import Row, pairs, row_mib
+from benchmarks.load.tables import SPEED, Row, pairs, ratio_of, row_mib
 from benchmarks.quality.plots import style
 
 
@@ -37,18 +37,18 @@ def latencies(rows: Sequence[Row], path: Path) -> None:
 
 
 def growth(rows: Sequence[Row], path: Path) -> None:
-    """Tokens per second along each axis for both methods, their ratio, and the memory of the K/V."""
+    """Speed along each axis for both methods, their ratio, and the memory of the K/V."""
     figure, axes = _panels(2, len(AXES))
     for number, (axis, title) in enumerate(AXES.items()):
         points, top, bottom = pairs(rows, axis), axes[number], axes[number + len(AXES)]
         for method in ("dense", "losa"):
             mine = {value: pair[method] for value, pair in points.items() if method in pair}
             if mine:
-                top.plot(list(mine), [row["output_throughput"] for row in mine.values()], label=method, **style(method))
+                top.plot(list(mine), [row[SPEED] for row in mine.values()], label=method, **style(method))
         both = {value: pair for value, pair in points.items() if len(pair) == 2}
         if both:
-            ratio = [pair["losa"]["output_throughput"] / pair["dense"]["output_throughput"] for pair in both.values()]
-            bottom.plot(list(both), ratio, label="LoSA / dense, tokens per s", **style("losa"))
+            ratio = [ratio_of(pair) for pair in both.values()]
+            bottom.plot(list(both), ratio, label="LoSA / dense", **style("losa"))
             bottom.axhline(1.0, color="black", linewidth=0.6, linestyle=":")
         else:
             density = [pair["losa"]["kv_density"] for pair in points.values()]
@@ -63,7 +63,7 @@ def growth(rows: Sequence[Row], path: Path) -> None:
             panel.legend(fontsize=7, frameon=False)
         top.set_title(_title(rows, axis), fontsize=8)
         bottom.set_xlabel(title, fontsize=8)
-    axes[0].set_ylabel("output tokens per second", fontsize=8)
+    axes[0].set_ylabel("output tokens per CPU second", fontsize=8)
     _save(figure, path)
 
 

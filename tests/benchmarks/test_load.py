@@ -71,8 +71,9 @@ def test_cells_of_an_axis_differ_in_nothing_else() -> None:
 
 
 def row(axis: str, method: str, speed: float, **at: int) -> dict[str, Any]:
-    figures = {"output_throughput": speed, "kv_density": 0.1, "kv_bytes_held": 2**20, "engine_rss_bytes": 2**21}
-    return {"axis": axis, "method": method, **BASE, **at, **figures}
+    figures = {"output_throughput": 3.0, "tokens_per_cpu_s": speed, "engine_cores": 0.5, "kv_density": 0.1}
+    memory = {"kv_bytes_held": 2**20, "engine_rss_bytes": 2**21}
+    return {"axis": axis, "method": method, **BASE, **at, **figures, **memory}
 
 
 GROWTH = [

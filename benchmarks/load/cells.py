@@ -66,7 +66,7 @@ def workloads(share: float = 1.0) -> list[Stand]:
     return [Stand((*DECODING, *options, "--max-total-tokens", "262144"), tuple(cells))]
 
 
-CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32256)
+CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32256)
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
 BLOCK_LENGTHS = (4, 8, 16, 32, 64)

@@ -124,11 +124,11 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl") == [{"x": 3}] and read(tmp_path / "a.new") == [{"x": 4}]
 
 
-def test_growth_has_servers_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_growth_has_servers_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--url", "http://127.0.0.1:9"])
     assert "--url: growth needs servers of its own" in capsys.readouterr().err
-    assert main(["workloads", "--url", "http://127.0.0.1:9"]) == 1
+    assert main(["workloads", "--url", "http://127.0.0.1:9", "--folder", str(tmp_path)]) == 1
 
 
 def test_nothing_to_report_on_is_said(tmp_path: Path) -> None:

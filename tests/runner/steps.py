@@ -57,8 +57,9 @@ class Catcher:
     def __init__(self) -> None:
         self.hidden_RC = torch.empty(0)
 
-    def __call__(self, items: Sequence[WorkItem], hidden_TC: Tensor) -> list[BlockResult]:
-        self.hidden_RC = hidden_TC[: len(items) * B].clone()
+    def __call__(self, items: Sequence[WorkItem], first_rows: Sequence[int], hidden_TC: Tensor) -> list[BlockResult]:
+        rows = [row + offset for row in first_rows for offset in range(B)]
+        self.hidden_RC = hidden_TC[rows].clone()
         return [nothing() for _ in items]
 
 

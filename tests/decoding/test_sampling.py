@@ -306,3 +306,24 @@ def test_shifting_all_logits_changes_nothing(case: tuple, shift: float) -> None:
     b = sample(torch.tensor(exact) + float(round(shift)), rows_of(parameters), bans)
     assert torch.equal(a.token_R, b.token_R)
     assert torch.equal(a.confidence_R, b.confidence_R)
+
+
+@pytest.mark.parametrize("vocab", [7, 1023, 1024, 5000, 151_936])
+def test_a_greedy_probability_is_exact_and_the_same_in_any_company(vocab: int) -> None:
+    logits = torch.randn(9, vocab, generator=torch.Generator().manual_seed(vocab)) * 4
+    logits[0] += 300.0
+    logits[1, 3] = 60.0  # nearly certain
+    logits[2] = 1.0  # all alike
+    bans = Bans(0, vocab)
+    greedy = rows_of([(0.0, -1, 1.0, 0.0, 0.5)] * 9)
+    got = sample(logits, greedy, bans)
+    wanted = logits[:, 1:].double().log_softmax(-1).amax(-1)
+    assert torch.allclose(got.logprob_R.double(), wanted, rtol=1e-6, atol=1e-6)
+    for row in range(9):
+        alone = sample(logits[row : row + 1], take(greedy, slice(0, 1)), bans)
+        assert alone.logprob_R[0] == got.logprob_R[row], "bit for bit"
+    mixed = rows_of([(t, -1, 1.0, 0.0, 0.5) for t in (0.0, 0.7, 0.0) * 3])
+    still = mixed.temperature_R == 0
+    for entropy in (False, True):
+        found = sample(logits, mixed, bans, entropy=entropy)
+        assert torch.equal(found.logprob_R[still], got.logprob_R[still]), "what others ask for changes nothing"

@@ -1,11 +1,10 @@
 """What constrained output costs per denoising step, and what it does to the answers, on the bundled model.
 
-    python -m benchmarks.grammar
+    python -m benchmarks.grammar [--parts cost answers large] [--record]
 
-Cost: 16 requests at once, a fixed number of denoising steps, with and without a constraint, in turn; the time of a
-round that carries denoising rows. The same for the grammar's part alone over a made-up vocabulary of 150,000 tokens,
-per request and step, the first time (rows of the automaton are made) and later. Answers: questions whose answer has a
-known form, free, and under that form in both modes. The last line is JSON.
+Cost: 16 requests at once, a fixed number of denoising steps per block, without a constraint and with several, in turn;
+time and CPU time of a round that carries denoising rows: the forward over 16 blocks, sampling, and what is done on the
+host between two forwards. Answers: see `grammar_answers`. Large: see `grammar_large`. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,34 +15,27 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.grammar_answers import MODES, answers
+from benchmarks.grammar_large import PATTERNS, large
 from benchmarks.quality.samples import documents
-from benchmarks.result_file import add_row, circumstances
+from benchmarks.result_file import circumstances, keep_row
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.request import Request, RequestOutput
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.engine import Engine
-from losa_runtime.grammar.block_paths import Block, Reach, best_path
-from losa_runtime.grammar.compile_worker import compile_pattern
-from losa_runtime.grammar.token_automaton import TokenAutomaton
-from losa_runtime.grammar.vocabulary import Vocabulary
 
 CHECKPOINT = Path(__file__).parent / "tiny_model" / "checkpoint"
-CODES = "[0-9]{4}(?:, [0-9]{4}){0,3}"
-FORMS: dict[str, dict[str, Any]] = {
-    "free": {},
-    "codes, map": {"regex": CODES, "custom_params": {"grammar_mode": "map"}},
-    "codes, valid": {"regex": CODES, "custom_params": {"grammar_mode": "valid"}},
-}
+RESULTS = Path(__file__).parent / "results" / "grammar.jsonl"
+PARTS = ("cost", "answers", "large")
 LONG = {
     "text": r"(?:[a-z0-9]{1,12}[ ,.]{1,2}){24,}",
     "json": {
@@ -56,168 +48,134 @@ LONG = {
         "required": ["title", "codes", "done"],
     },
 }
-PATTERNS_150K = {
-    "digits": "[0-9]{4}",
-    "json": r'\{"name": "[^"\\]{1,40}", "age": [0-9]{1,3}\}',
-    "free text": r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*"',
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grammar", description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--output-tokens", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8, help="denoising steps per block")
-    parser.add_argument("--samples", type=int, default=96, help="questions per form")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps per block, for the cost")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per constraint, behind one that is not counted")
+    parser.add_argument("--samples", type=int, default=240, help="answers per task, mode and pace")
     parser.add_argument("--vocabulary", type=int, default=150_000)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="also add the row to this file")
+    parser.add_argument("--record", action="store_true", help=f"put the rows into {RESULTS.name}")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     console = Console(stderr=True)
     config = EngineConfig(model=str(CHECKPOINT), max_running_requests=args.requests, show_progress=False)
     engine = Engine(config)
+    asked = {name: getattr(args, name) for name in ("requests", "context", "output_tokens", "steps", "threads")}
+    rows: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("measuring", total=args.rounds * 5 + len(FORMS) + len(PATTERNS_150K))
-        cost = _cost(engine, args, lambda: progress.advance(bar))
-        answers = _answers(engine, args, lambda: progress.advance(bar))
-        large = _large(args.vocabulary, lambda: progress.advance(bar))
-    _say(console, cost, answers, large)
-    asked = {
-        name: getattr(args, name) for name in ("requests", "context", "output_tokens", "steps", "samples", "threads")
-    }
-    row = {"cost": cost, "answers": answers, "vocabulary": args.vocabulary, "large": large} | asked
-    if args.output is not None:
-        add_row(args.output, row | circumstances(torch.device("cpu")))
-    print(json.dumps(row))
+        for part in args.parts:
+            bar = progress.add_task(part, total={"cost": 5 * (args.rounds + 1), "answers": 15, "large": 3}[part])
+
+            def tick(bar: Any = bar) -> None:
+                progress.advance(bar)
+
+            if part == "cost":
+                rows.append({"benchmark": part, **_cost(engine, args, tick), **asked})
+            elif part == "answers":
+                few = {"context": args.context, "samples": args.samples}
+                rows.append({"benchmark": part, "rows": _summed(answers(engine, **few, tick=tick)), **few})
+            else:
+                rows.append({"benchmark": part, "vocabulary": args.vocabulary, **large(args.vocabulary, tick)})
+    for row in rows:
+        _say(console, row)
+        if args.record:
+            keep_row(RESULTS, row | circumstances(torch.device("cpu")))
+    print(json.dumps(rows))
     return 0
 
 
-def _cost(engine: Engine, args: argparse.Namespace, tick: Any) -> dict[str, Any]:
-    """Median time of a denoising round by constraint and mode, and relative to none."""
-    prompts = _prompts(engine, args.context, args.requests)
+def _cost(engine: Engine, args: argparse.Namespace, tick: Callable[[], None]) -> dict[str, Any]:
+    """Median time and CPU time of a denoising round by constraint and mode, and relative to none."""
+    asked = documents("multi_value", args.context, args.requests, 4, seed=0)
+    prompts = [tuple(engine.parts.tokenizer.encode(prompt)) for document in asked for prompt in document.prompts]
     wishes: dict[str, dict[str, Any]] = {"none": {"ignore_eos": True}}
-    for mode in ("map", "valid"):
+    for mode in MODES:
         wishes[f"regex, {mode}"] = {"regex": LONG["text"], "custom_params": {"grammar_mode": mode}}
         wishes[f"json, {mode}"] = {"json_schema": json.dumps(LONG["json"]), "custom_params": {"grammar_mode": mode}}
-    seconds: dict[str, list[float]] = {name: [] for name in wishes}
-    for _ in range(args.rounds):
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in wishes}
+    for turn in range(args.rounds + 1):
         for name, wish in wishes.items():
-            params = _fixed(wish, args.steps) | {"max_new_tokens": args.output_tokens}
-            seconds[name] += _run(engine, prompts, params)[1]
+            custom = {"denoising_steps": args.steps, "algorithm": "low_confidence_static"}
+            fixed = {"temperature": 0, "max_new_tokens": args.output_tokens}
+            found = _run(engine, prompts, wish | fixed | {"custom_params": wish.get("custom_params", {}) | custom})
+            seconds[name] += found if turn else []
             tick()
-    ms = {name: statistics.median(found) * 1e3 for name, found in seconds.items()}
-    more = {name: round(found / ms["none"] - 1, 3) for name, found in ms.items() if name != "none"}
-    return {"ms_per_step": {name: round(found, 2) for name, found in ms.items()}, "more_than_none": more}
+    row: dict[str, Any] = {}
+    for which, label in enumerate(("ms_per_step", "cpu_ms_per_step")):
+        medians = {name: statistics.median(each[which] for each in found) for name, found in seconds.items()}
+        row[label] = {name: round(found * 1e3, 2) for name, found in medians.items()}
+        more = {name: round(found / medians["none"] - 1, 3) for name, found in medians.items() if name != "none"}
+        row[f"{label}_more"] = more
+    return row
 
 
-def _answers(engine: Engine, args: argparse.Namespace, tick: Any) -> dict[str, Any]:
-    """Right answers and milliseconds per question, by form."""
-    asked = documents("multi_value", args.context, args.samples, 4, seed=0)
-    found: dict[str, Any] = {}
-    for name, form in FORMS.items():
-        params = _fixed(form, args.steps) | {"max_new_tokens": 32}
-        right = formed = 0
-        began = time.perf_counter()
-        for document in asked:
-            prompts = [tuple(engine.parts.tokenizer.encode(prompt)) for prompt in document.prompts]
-            outputs, _ = _run(engine, prompts, params)
-            wanted = [question.answer for question in document.questions]
-            for text, answer in zip(outputs, wanted, strict=True):
-                right += text.strip() == answer
-                formed += text.count(", ") == answer.count(", ")
-        count = sum(len(document.questions) for document in asked)
-        found[name] = {
-            "right": round(right / count, 4),
-            "as_many_codes": round(formed / count, 4),
-            "ms_per_question": round((time.perf_counter() - began) / count * 1e3, 1),
-        }
-        tick()
-    return found
-
-
-def _fixed(wish: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Greedy, in a fixed number of steps per block."""
-    custom = {"denoising_steps": steps, "algorithm": "low_confidence_static"}
-    return wish | {"custom_params": wish.get("custom_params", {}) | custom, "temperature": 0}
-
-
-def _run(engine: Engine, prompts: Sequence[tuple[int, ...]], params: dict[str, Any]) -> tuple[list[str], list[float]]:
-    """Texts of all prompts together, and the seconds of the rounds in which all of them denoise."""
+def _run(engine: Engine, prompts: Sequence[tuple[int, ...]], params: dict[str, Any]) -> list[tuple[float, float]]:
+    """Seconds and CPU seconds of the rounds in which all denoise."""
     sampling = SamplingParams.parse(params)
     for number, prompt in enumerate(prompts):
         engine.add(Request(rid=str(number), prompt_ids=prompt, sampling=sampling))
-    texts, seconds = [""] * len(prompts), list[float]()
+    seconds: list[tuple[float, float]] = []
     while engine.has_work():
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         outputs: list[RequestOutput] = engine.step()
-        elapsed = time.perf_counter() - began
+        elapsed = time.perf_counter() - began[0], time.process_time() - began[1]
         running = engine.scheduler.running
         if len(running) == len(prompts) and not any(req.prefilling for req in running):
             seconds.append(elapsed)
         for output in outputs:
-            texts[int(output.rid)] += output.text
             if output.finish is not None and output.finish.type == "error":
                 raise RuntimeError(output.finish.message)
-    return texts, seconds
+    return seconds
 
 
-def _prompts(engine: Engine, context: int, count: int) -> list[tuple[int, ...]]:
-    asked = documents("multi_value", context, count, 4, seed=0)
-    return [tuple(engine.parts.tokenizer.encode(prompt)) for document in asked for prompt in document.prompts][:count]
-
-
-def _large(size: int, tick: Any) -> dict[str, Any]:
-    """Milliseconds per request and step for finding a path through 16 masks, over a large vocabulary."""
-    rng, generator = random.Random(0), np.random.default_rng(0)
-    vocabulary, end = made_up_vocabulary(size, rng)
-    logp = {hole: np.log(generator.dirichlet(np.full(size, 0.01)) + 1e-30) for hole in range(16)}
-    found: dict[str, Any] = {}
-    for name, pattern in PATTERNS_150K.items():
-        automaton = TokenAutomaton(compile_pattern(pattern), vocabulary, frozenset({end}))
-        seconds = []
-        for _ in range(6):
-            began = time.perf_counter()
-            reach = Reach(automaton, Block(np.full(16, -1), 0, 100))
-            best_path(reach, logp)
-            for hole in range(16):
-                reach.allowed(hole)
-            seconds.append(time.perf_counter() - began)
-        found[name] = {
-            "states": automaton.automaton.states,
-            "first_ms": round(seconds[0] * 1e3, 1),
-            "later_ms": round(statistics.median(seconds[1:]) * 1e3, 1),
-        }
-        tick()
+def _summed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means, and by how much `map` is better than `valid` on the same questions, with the middle 95 % of 2,000
+    resamplings."""
+    by_case = {(row["task"], row["pace"], row["mode"]): row["quality"] for row in rows}
+    found = []
+    for row in rows:
+        mine = {name: value for name, value in row.items() if name != "quality"}
+        mine["mean"] = round(statistics.fmean(row["quality"]), 4)
+        if row["mode"] == "map":
+            other = by_case[row["task"], row["pace"], "valid"]
+            better = [a - b for a, b in zip(row["quality"], other, strict=True)]
+            rng = random.Random(0)
+            means = sorted(statistics.fmean(rng.choices(better, k=len(better))) for _ in range(2000))
+            mine["better_than_valid"] = [round(x, 4) for x in (statistics.fmean(better), means[50], means[1949])]
+        found.append(mine)
     return found
 
 
-def made_up_vocabulary(size: int, rng: random.Random) -> tuple[Vocabulary, int]:
-    """`size` tokens: all bytes, words of letters and digits with and without a space before them, and an end."""
-    pieces = {bytes((byte,)): None for byte in range(256)}
-    letters = 'etaoinshrdlucmfwypvbgkjqxz0123456789"{}:,.'
-    while len(pieces) < size - 1:
-        word = "".join(rng.choice(letters) for _ in range(rng.randint(2, 8)))
-        pieces[(rng.choice(("", " ")) + word).encode()] = None
-    return Vocabulary([*pieces, b""]), size - 1
-
-
-def _say(console: Console, cost: dict[str, Any], answers: dict[str, Any], large: dict[str, Any]) -> None:
-    table = Table("constraint, mode", "ms per step", "more than none", title="16 requests at once")
-    for name, found in cost["ms_per_step"].items():
-        more = cost["more_than_none"].get(name)
-        table.add_row(name, f"{found:.2f}", "" if more is None else f"{more:+.1%}")
-    console.print(table)
-    table = Table("form", "right", "as many codes", "ms per question", title="answers")
-    for name, found in answers.items():
-        table.add_row(name, f"{found['right']:.1%}", f"{found['as_many_codes']:.1%}", str(found["ms_per_question"]))
-    console.print(table)
-    table = Table("pattern", "states", "first, ms", "later, ms", title="a block of 16 over a large vocabulary")
-    for name, found in large.items():
-        table.add_row(name, *(str(found[key]) for key in ("states", "first_ms", "later_ms")))
+def _say(console: Console, row: dict[str, Any]) -> None:
+    if row["benchmark"] == "cost":
+        table = Table("constraint, mode", "ms per step", "more", "CPU ms per step", "more", title="16 requests at once")
+        for name in row["ms_per_step"]:
+            more = [row[f"{kind}_more"].get(name) for kind in ("ms_per_step", "cpu_ms_per_step")]
+            shown = ["" if each is None else f"{each:+.1%}" for each in more]
+            table.add_row(
+                name, f"{row['ms_per_step'][name]:.2f}", shown[0], f"{row['cpu_ms_per_step'][name]:.2f}", shown[1]
+            )
+    elif row["benchmark"] == "answers":
+        table = Table("task", "pace", "mode", "mean", "steps per block", "CPU ms per answer", "map better by")
+        for each in row["rows"]:
+            cells = [str(each[name] or "free") for name in ("task", "pace", "mode")]
+            figures = [str(each[name]) for name in ("mean", "steps_per_block", "cpu_ms_per_answer")]
+            better = each.get("better_than_valid")
+            table.add_row(*cells, *figures, "" if better is None else "{} ({} to {})".format(*better))
+    else:
+        columns = ("compile_ms", "guide_ms", "map_ms", "valid_ms")
+        table = Table("pattern", "states", *columns, "bytes", title="first and later, a block of 16 masks")
+        for name in PATTERNS:
+            figures = [f"{row[name][column]['first']} {row[name][column]['later']}" for column in columns]
+            table.add_row(name, str(row[name]["states"]), *figures, str(row[name]["bytes"]))
     console.print(table)
 
 

@@ -1,7 +1,7 @@
 // What the tokens of a hole are worth, and which are taken.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <functional>
 #include <limits>
 
 #include "paths.h"
@@ -13,11 +13,21 @@ namespace {
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 constexpr double kTiny = 1e-250;  // smaller sums are made anew from logarithms
 
-// Larger floats have larger numbers.
-uint32_t ordered(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+// The greatest of each of `chunks` parts of a row, all but the last of `step` ids.
+std::vector<float> chunk_maxima(const float* logits, int64_t size, int64_t step) {
+  constexpr int kLanes = 16;
+  std::vector<float> found;
+  for (int64_t from = 0; from < size; from += step) {
+    const int64_t until = std::min(from + step, size);
+    float lanes[kLanes];
+    std::fill(lanes, lanes + kLanes, logits[from]);
+    int64_t i = from;
+    for (; i + kLanes <= until; i += kLanes)
+      for (int j = 0; j < kLanes; ++j) lanes[j] = logits[i + j] > lanes[j] ? logits[i + j] : lanes[j];
+    for (; i < until; ++i) lanes[0] = std::max(lanes[0], logits[i]);
+    found.push_back(*std::max_element(lanes, lanes + kLanes));
+  }
+  return found;
 }
 
 // The logarithm of the sum of e^value(i) over 0 .. count.
@@ -40,7 +50,7 @@ double Paths::weigh_id(const HoleRow& row, int32_t id) {
     score_[id] = row.kept && !row.kept[id] ? plain - kFiltered : plain;
     p_[id] = std::exp(plain);
     if (!liked_only_ || liked_[id] == turn_) mass_now_ += p_[id];
-    ++count_now_;
+    seen_.push_back(id);
   }
   return score_[id];
 }
@@ -76,28 +86,30 @@ void Paths::weigh(const HoleRow& row, Place& place, bool drawn) {
   }
 }
 
-// The likeliest ids of a hole, ties to the lowest, and the probability of all others.
+// The likeliest ids of a hole, ties to the lowest, and the probability of all others. As many parts of the row as ids
+// are wanted have a maximum of at least `least`, so only these need to be gone through.
 void Paths::look(const HoleRow& row, int64_t hole) {
-  constexpr int kBits = 12;
+  constexpr int64_t kPerChunk = 4;  // parts for every id that is wanted
   const int64_t size = grammar_->words->size, wanted = std::min(likeliest_, size);
+  const int64_t step = std::max<int64_t>(1, size / (wanted * kPerChunk));
+  const std::vector<float> maxima = chunk_maxima(row.logits, size, step);
+  std::vector<float> order = maxima;
+  std::nth_element(order.begin(), order.begin() + wanted - 1, order.end(), std::greater<float>());
+  const float least = order[wanted - 1];
   std::vector<int32_t>& likely = likely_[hole];
-  std::vector<int32_t> border;
-  int64_t counts[1 << kBits] = {}, above = 0;
-  for (int64_t id = 0; id < size; ++id) ++counts[ordered(row.logits[id]) >> (32 - kBits)];
-  uint32_t bin = (1 << kBits) - 1;
-  for (; above + counts[bin] < wanted; --bin) above += counts[bin];
   likely.clear();
-  for (int64_t id = 0; id < size; ++id) {
-    const uint32_t mine = ordered(row.logits[id]) >> (32 - kBits);
-    if (mine >= bin) (mine > bin ? likely : border).push_back(static_cast<int32_t>(id));
+  for (size_t chunk = 0; chunk < maxima.size(); ++chunk) {
+    if (maxima[chunk] < least) continue;
+    const int64_t from = static_cast<int64_t>(chunk) * step, until = std::min(from + step, size);
+    for (int64_t id = from; id < until; ++id)
+      if (row.logits[id] >= least) likely.push_back(static_cast<int32_t>(id));
   }
-  const int64_t more = wanted - above;
   const auto likelier = [&](int32_t a, int32_t b) {
     return row.logits[a] != row.logits[b] ? row.logits[a] > row.logits[b] : a < b;
   };
-  if (more < static_cast<int64_t>(border.size()))
-    std::nth_element(border.begin(), border.begin() + more, border.end(), likelier);
-  likely.insert(likely.end(), border.begin(), border.begin() + more);
+  if (wanted < static_cast<int64_t>(likely.size()))
+    std::nth_element(likely.begin(), likely.begin() + wanted, likely.end(), likelier);
+  likely.resize(wanted);
   std::sort(likely.begin(), likely.end());
   double sum = 0.0;
   for (const int32_t id : likely) liked_[id] = turn_, sum += std::exp(row.plain(id));
@@ -198,8 +210,8 @@ size_t Paths::taken(const HoleRow& row, bool drawn) {
 // A hole by itself: the best of all that is allowed there, or one drawn.
 Choice Paths::own(const HoleRow& row, int64_t hole, bool only_done, bool drawn) {
   options_.clear();
-  for (int64_t id = 0; id < grammar_->words->size; ++id)
-    if (weighed_[id] == turn_) options_.push_back({score_[id], id});
+  std::sort(seen_.begin(), seen_.end());
+  for (const int32_t id : seen_) options_.push_back({score_[id], id});
   if (options_.empty()) return {0, 0.0, -kFiltered};  // of a position that nothing can reach
   Choice found = choice(row, hole, options_[taken(row, drawn)].second);
   if (only_done) found.confidence = 0.0;

@@ -61,9 +61,10 @@ Grammar::Grammar(std::shared_ptr<const Words> the_words, const Table& table, con
       is_end_(words->size, 0),
       bytes_left_(table.bytes_left, table.bytes_left + table.states),
       left_(table.states, -1),
+      sizes_(table.states + 1, 0),
       rows_(table.states) {
   for (const int32_t end : ends) is_end_[end] = 1;
-  own_ = static_cast<int64_t>(next_.size() * 4 + table.states * (1 + 4 + 4 + sizeof(void*)) + words->size);
+  own_ = static_cast<int64_t>(next_.size() * 4 + table.states * (1 + 4 + 4 + 4 + sizeof(void*)) + words->size);
   held_ = own_;
 }
 
@@ -106,33 +107,39 @@ void Grammar::follow(int32_t state, std::vector<std::pair<int32_t, int32_t>>& fo
   }
 }
 
+// Pairs by their ids, all of which differ.
+void Grammar::in_order(std::vector<std::pair<int32_t, int32_t>>& found) const {
+  if (static_cast<int64_t>(found.size()) * kDense < words->size) {
+    std::sort(found.begin(), found.end());
+    return;
+  }
+  std::vector<int32_t> behind(words->size, kNowhere);
+  for (const auto& [id, target] : found) behind[id] = target;
+  found.clear();
+  for (int64_t id = 0; id < words->size; ++id)
+    if (behind[id] >= 0) found.emplace_back(static_cast<int32_t>(id), behind[id]);
+}
+
 const Row& Grammar::make(int32_t state) {
   if (rows_[state]) return *rows_[state];
   std::vector<std::pair<int32_t, int32_t>> found;  // (id, state behind it)
   follow(state, found);
-  if (static_cast<int64_t>(found.size()) * kDense > words->size) {
-    std::vector<int32_t> behind(words->size, kNowhere);
-    for (const auto& [id, target] : found) behind[id] = target;
-    found.clear();
-    for (int64_t id = 0; id < words->size; ++id)
-      if (behind[id] >= 0) found.emplace_back(static_cast<int32_t>(id), behind[id]);
-  } else {
-    std::sort(found.begin(), found.end());
-  }
+  in_order(found);
   if (accepting_[state])
     for (const int32_t end : ends) found.emplace_back(end, done);
-  std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
   auto row = std::make_unique<Row>();
+  for (const auto& [id, target] : found)
+    if (!sizes_[target]++) row->targets.push_back(target);
+  std::sort(row->targets.begin(), row->targets.end());
   Shape shape;
-  shape.ids.reserve(found.size());
-  for (const auto& [id, target] : found) {
-    if (row->targets.empty() || row->targets.back() != target) {
-      row->targets.push_back(target);
-      shape.starts.push_back(static_cast<int32_t>(shape.ids.size()));
-    }
-    shape.ids.push_back(id);
+  shape.ids.resize(found.size());
+  shape.starts.assign(1, 0);
+  for (const int32_t target : row->targets) {
+    shape.starts.push_back(shape.starts.back() + sizes_[target]);
+    sizes_[target] = shape.starts[shape.starts.size() - 2];  // where its next id goes
   }
-  shape.starts.push_back(static_cast<int32_t>(shape.ids.size()));
+  for (const auto& [id, target] : found) shape.ids[sizes_[target]++] = id;
+  for (const int32_t target : row->targets) sizes_[target] = 0;
   row->shape = shared(std::move(shape));
   held_ += static_cast<int64_t>(sizeof(Row) + row->targets.capacity() * 4);
   rows_[state] = std::move(row);

@@ -78,6 +78,7 @@ class Grammar {
  private:
   int32_t next(int32_t state, uint8_t byte) const { return next_[state * classes_ + class_of_[byte]]; }
   void follow(int32_t state, std::vector<std::pair<int32_t, int32_t>>& found) const;
+  void in_order(std::vector<std::pair<int32_t, int32_t>>& found) const;
   const Shape* shared(Shape&& shape);
   int32_t search(int32_t state);
 
@@ -85,6 +86,7 @@ class Grammar {
   std::vector<int32_t> next_;
   std::vector<uint8_t> class_of_, accepting_, is_end_;
   std::vector<int32_t> bytes_left_, left_;  // left_: tokens, -1 = not searched
+  std::vector<int32_t> sizes_;              // [S + 1] of groups while a row is made, 0 otherwise
   std::vector<std::unique_ptr<Row>> rows_;
   std::vector<std::unique_ptr<Shape>> shapes_;
   std::unordered_multimap<uint64_t, const Shape*> by_hash_;

@@ -146,7 +146,8 @@ bool Paths::lead_hole(int64_t position) {
 // Gains of the used groups, and the probability of all that is allowed.
 void Paths::weigh_hole(int64_t position, const HoleRow& row, int64_t hole, bool drawn) {
   ++turn_;
-  mass_now_ = 0.0, count_now_ = 0;
+  mass_now_ = 0.0;
+  seen_.clear();
   const auto has_used = [&](const Place& place) {
     const Group* from = groups_.data() + place.first;
     return std::any_of(from, from + place.shape->starts.size() - 1, [](const Group& group) { return group.used; });
@@ -159,9 +160,9 @@ void Paths::weigh_hole(int64_t position, const HoleRow& row, int64_t hole, bool 
                                  [&](int32_t state) { return state == grammar_->done && behind_[state] != kNever; });
   if (ended)
     for (const int32_t id : grammar_->ends) weigh_id(row, id);
-  if (liked_only_ && (count_now_ == 0 || starved(position)))
+  if (liked_only_ && (seen_.empty() || starved(position)))
     for (Place& place : places_) place.exact = true, weigh(row, place, drawn);
-  mass_[hole] = mass_now_, count_[hole] = count_now_;
+  mass_[hole] = mass_now_, count_[hole] = static_cast<int64_t>(seen_.size());
 }
 
 // Whether some state that leads on does so by none of the ids that were looked at.

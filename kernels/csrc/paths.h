@@ -98,7 +98,7 @@ class Paths {
   std::vector<double> mass_;                  // per hole: the probability of what usable paths have there
   std::vector<int64_t> count_;                // and how many ids that are
   double mass_now_ = 0.0;
-  int64_t count_now_ = 0;
+  std::vector<int32_t> seen_;                        // the ids weighed in this turn
   bool liked_only_ = false;                          // the mass counts the likeliest alone, and the rest as a whole
   int64_t liked_now_ = 0;                            // the hole of which these are
   std::vector<std::pair<double, int64_t>> options_;  // (score, id), to take one of

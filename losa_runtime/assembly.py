@@ -121,6 +121,7 @@ class Parts(NamedTuple):
             "algorithms": list(ALGORITHMS),
             "denoising_steps": config.denoising_steps or model.block_length,
             "threshold": config.threshold,
+            "entropy_bound": config.entropy_bound,
             "version": losa_runtime.__version__,
             "torch_version": torch.__version__,
         }

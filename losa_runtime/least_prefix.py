@@ -35,7 +35,7 @@ class LeastPrefix(NamedTuple):
     def of(self, sparse: SparseParams, decoding: DecodingParams) -> int:
         """In tokens. A rule with a threshold may be done in any number of steps; then two are counted: what a first
         step costs more has to come back in a single later one."""
-        unknown = load_algorithm(decoding.algorithm).has_threshold
+        unknown = bool(load_algorithm(decoding.algorithm).knobs)
         return self.rule.of(sparse, min(2, decoding.num_steps) if unknown else decoding.num_steps)
 
     def table(self, config: EngineConfig, geometry: Geometry) -> dict[str, int | None]:

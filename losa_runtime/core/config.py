@@ -128,6 +128,9 @@ class EngineConfig(BaseModel):
         "low_confidence_dynamic", DECODING, "decoding algorithm", names=("algorithm", "dllm_algorithm"), metavar="NAME"
     )
     threshold: float = option(0.9, DECODING, "confidence above which the dynamic algorithm accepts", ge=0.0, le=1.0)
+    entropy_bound: float = option(
+        0.1, DECODING, "nats that tokens accepted together by entropy_bounded may have in sum", ge=0.0, le=1e6
+    )
     denoising_steps: int | None = option(None, DECODING, "planned steps per block (default: the block length)", gt=0)
 
     debug_poison_pages: bool = option(

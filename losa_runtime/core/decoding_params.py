@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 class DecodingParams(NamedTuple):
     """algorithm: registry name. threshold: confidence above which the dynamic rule accepts. num_steps: planned
-    denoising steps per block, 1 .. block length."""
+    denoising steps per block, 1 .. block length. entropy_bound: nats that the entropy-bounded rule accepts together."""
 
     algorithm: str
     threshold: float
     num_steps: int
+    entropy_bound: float = 0.1

@@ -52,6 +52,9 @@ class DiffusionParams(BaseModel):
     sparse_options: further options of the chosen method by name, e.g. {"dense_layers": 2}; see the method's `Options`.
     algorithm: registry name of the decoding algorithm.
     threshold: confidence above which the dynamic algorithm accepts a token.
+    entropy_bound: nats of entropy that tokens accepted together may have in sum, for the entropy-bounded algorithm.
+    preset: a name for values of these three and of denoising_steps, as another engine has them; what is said beside it
+    counts more. See `decoding.presets`.
     denoising_steps: planned denoising steps per block (1 .. block length).
     grammar_mode: how a block is filled under `regex` or `json_schema`: along the most probable path ("map", the
     default), or hole by hole ("valid").
@@ -67,10 +70,12 @@ class DiffusionParams(BaseModel):
     sparse_options: dict[str, bool | int | float | str] | None = Field(default=None, max_length=64)
     algorithm: str | None = None
     threshold: float | None = Field(default=None, ge=0.0, le=1.0)
+    entropy_bound: float | None = Field(default=None, ge=0.0, le=1e6)
+    preset: str | None = None
     denoising_steps: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     grammar_mode: Literal["map", "valid"] | None = None
 
-    @field_validator("active_ratio", "active_tau", "threshold", mode="before")
+    @field_validator("active_ratio", "active_tau", "threshold", "entropy_bound", mode="before")
     @classmethod
     def _whole_numbers_are_floats(cls, value: object) -> object:
         return _as_float(value)

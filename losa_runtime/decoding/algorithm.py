@@ -4,16 +4,16 @@ An algorithm is a pure function of the candidates of some blocks. It knows no re
 caller owns the loop and writes the accepted tokens. `registry.py` lists the algorithms, each is one small file.
 Shape letters: R candidate rows, S blocks, B block length.
 
-Room for later algorithms without a change for the callers: what one needs beyond token and confidence it declares
-(`needs_entropy`; the caller asks `sample` for it and hands it on), and whether a block is done is asked of the
-algorithm (`finished`), since one that edits known tokens is not done when the last mask is gone.
+What an algorithm needs beyond token and confidence it declares (`needs`), and the caller finds it out for the rows of
+the batch; a column that nobody needs is not there. Whether a block is done is asked of the algorithm (`finished`),
+since one that edits known tokens is not done when the last mask is gone.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class Candidates(NamedTuple):
 
     token_R: int64. confidence_R: float32, see `sampling`. offset_R: int64, position in the block, 0 .. B - 1, each
     once per block. indptr_S: int64 [S + 1], from 0 to R. step_index_S: int64, 0 for a block's first step.
-    num_steps_S: int64, planned steps (T), 1 .. B. threshold_S: float64. entropy_R: float32, there if it is needed.
+    num_steps_S: int64, planned steps (T), 1 .. B. threshold_S, entropy_bound_S: float64.
+    There if they are needed: entropy_R, margin_R: float32, see `sampling`; order_R: float64 in [0, 1), drawn at random.
     Known tokens of a block (the tail of a prompt, tokens accepted before) are not among the rows.
     """
 
@@ -35,8 +36,11 @@ class Candidates(NamedTuple):
     step_index_S: Tensor
     num_steps_S: Tensor
     threshold_S: Tensor
+    entropy_bound_S: Tensor
     block_length: int
     entropy_R: Tensor | None = None
+    margin_R: Tensor | None = None
+    order_R: Tensor | None = None
 
     @property
     def block_R(self) -> Tensor:
@@ -46,11 +50,15 @@ class Candidates(NamedTuple):
         return numbers_S.repeat_interleave(counts_S, output_size=len(self.token_R))
 
 
+Need = Literal["entropy_R", "margin_R", "order_R"]
+Knob = Literal["threshold", "entropy_bound"]
+
+
 class DecodingAlgorithm(ABC):
     """The rule by which masks become tokens. Stateless."""
 
-    needs_entropy: ClassVar[bool] = False
-    has_threshold: ClassVar[bool] = False  # whether a request's threshold means anything to it
+    needs: ClassVar[frozenset[Need]] = frozenset()  # columns of Candidates
+    knobs: ClassVar[frozenset[Knob]] = frozenset()  # what a request can set that means anything to it
 
     @abstractmethod
     def accept(self, candidates: Candidates) -> Tensor:
@@ -71,7 +79,7 @@ def accept(algorithms: Sequence[DecodingAlgorithm], candidates: Candidates) -> T
     accepted_R = torch.zeros_like(candidates.token_R, dtype=torch.bool)
     block_R = candidates.block_R
     for algorithm in dict.fromkeys(algorithms):
-        assert candidates.entropy_R is not None or not algorithm.needs_entropy, "sampled without the entropy it needs"
+        assert all(getattr(candidates, name) is not None for name in algorithm.needs), "sampled without what it needs"
         mine_S = torch.tensor([a is algorithm for a in algorithms], device=block_R.device)
         mine_R = mine_S[block_R]
         accepted_R[mine_R] = algorithm.accept(_select(candidates, mine_S, mine_R))
@@ -111,7 +119,7 @@ def rank(candidates: Candidates, key_R: Tensor | None = None) -> Tensor:
 
 def _select(candidates: Candidates, mine_S: Tensor, mine_R: Tensor) -> Candidates:
     counts_S = candidates.indptr_S.diff()[mine_S]
-    entropy_R = candidates.entropy_R
+    measured = {name: getattr(candidates, name) for name in get_args(Need)}
     return Candidates(
         token_R=candidates.token_R[mine_R],
         confidence_R=candidates.confidence_R[mine_R],
@@ -121,5 +129,6 @@ def _select(candidates: Candidates, mine_S: Tensor, mine_R: Tensor) -> Candidate
         num_steps_S=candidates.num_steps_S[mine_S],
         threshold_S=candidates.threshold_S[mine_S],
         block_length=candidates.block_length,
-        entropy_R=None if entropy_R is None else entropy_R[mine_R],
+        entropy_bound_S=candidates.entropy_bound_S[mine_S],
+        **{name: None if column is None else column[mine_R] for name, column in measured.items()},
     )

@@ -15,13 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from losa_runtime.decoding.algorithm import Candidates, DecodingAlgorithm, quota, rank
+from losa_runtime.decoding.algorithm import Candidates, DecodingAlgorithm, Knob, quota, rank
 
 
 class LowConfidenceDynamic(DecodingAlgorithm):
     """All sure candidates, at least the n surest."""
 
-    has_threshold: ClassVar[bool] = True
+    knobs: ClassVar[frozenset[Knob]] = frozenset({"threshold"})
 
     def accept(self, candidates: Candidates) -> Tensor:
         """bool [R], see the module."""

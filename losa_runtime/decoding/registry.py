@@ -14,35 +14,49 @@ from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.decoding_params import DecodingParams
 from losa_runtime.core.errors import ConfigError, InvalidRequest
 from losa_runtime.core.sampling_params import DiffusionParams
+from losa_runtime.decoding.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
-    from losa_runtime.decoding.algorithm import DecodingAlgorithm
+    from losa_runtime.decoding.algorithm import DecodingAlgorithm, Knob
 
 # name -> "module:class"
 ALGORITHMS: dict[str, str] = {
     "sequential": "losa_runtime.decoding.sequential:Sequential",
     "low_confidence_static": "losa_runtime.decoding.low_confidence_static:LowConfidenceStatic",
     "low_confidence_dynamic": "losa_runtime.decoding.low_confidence_dynamic:LowConfidenceDynamic",
+    "entropy_bounded": "losa_runtime.decoding.entropy_bounded:EntropyBounded",
+    "margin": "losa_runtime.decoding.margin:Margin",
+    "random": "losa_runtime.decoding.random_order:RandomOrder",
 }
 
 
 def resolve(params: DiffusionParams, config: EngineConfig, block_length: int) -> DecodingParams:
-    """Settle a request's decoding parameters: its own, else the engine's; denoising_steps, else one token per step.
+    """Settle a request's decoding parameters: its own, else its preset's, else the engine's; of
+    denoising_steps, else one token per step.
 
     Raises InvalidRequest for a request's value, ConfigError for the engine's: resolve an empty DiffusionParams once at
     start and a wrong default never meets a request.
     """
-    algorithm = config.algorithm if params.algorithm is None else params.algorithm
+    if params.preset is not None and params.preset not in PRESETS:
+        raise _refusal("preset", params.preset, f"one of {', '.join(PRESETS)}", True)
+    preset = Preset(config.algorithm, config.threshold) if params.preset is None else PRESETS[params.preset]
+    algorithm = preset.algorithm if params.algorithm is None else params.algorithm
     if algorithm not in ALGORITHMS:
         raise _refusal("algorithm", algorithm, f"one of {', '.join(ALGORITHMS)}", params.algorithm is not None)
     steps = config.denoising_steps if params.denoising_steps is None else params.denoising_steps
     if steps is not None and not 1 <= steps <= block_length:
         allowed = f"1 to {block_length} (the block length)"
         raise _refusal("denoising_steps", steps, allowed, params.denoising_steps is not None)
-    if params.threshold is not None and not load_algorithm(algorithm).has_threshold:
-        raise _refusal("threshold", params.threshold, f"absent: {algorithm!r} accepts by plan, not by threshold", True)
-    threshold = config.threshold if params.threshold is None else params.threshold
-    return DecodingParams(algorithm, threshold, block_length if steps is None else steps)
+    knobs: tuple[tuple[Knob, float | None], ...] = (
+        ("threshold", params.threshold),
+        ("entropy_bound", params.entropy_bound),
+    )
+    for knob, wish in knobs:
+        if wish is not None and knob not in load_algorithm(algorithm).knobs:
+            raise _refusal(knob, wish, f"absent: {algorithm!r} does not read it", True)
+    threshold = preset.threshold if params.threshold is None else params.threshold
+    bound = config.entropy_bound if params.entropy_bound is None else params.entropy_bound
+    return DecodingParams(algorithm, threshold, block_length if steps is None else steps, bound)
 
 
 @cache

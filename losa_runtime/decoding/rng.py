@@ -16,6 +16,9 @@ _MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
 # One additive constant per word, so that (seed, position, step) and its permutations have different hashes.
 _WORD_CONSTANTS = (0x9E3779B97F4A7C15 - 2**64, 0x3C6EF372FE94F82A, 0xDAA66D2C7DDF743F - 2**64)
 
+# Added (xor) to a seed for the order of positions, which must not be that of the tokens' draw: of pi's fraction.
+ORDER_STREAM = 0x243F6A8885A308D3
+
 
 def uniform(seed_R: Tensor, position_R: Tensor, step_R: Tensor) -> Tensor:
     """One number in [0, 1) per row, a multiple of 2**-53.

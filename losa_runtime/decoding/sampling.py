@@ -87,13 +87,22 @@ class Others(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """token_R: int64. confidence_R, logprob_R: float32, definition 3. entropy_R: float32, others: if asked for."""
+    """token_R: int64. confidence_R, logprob_R: float32, definition 3. If asked for: entropy_R, margin_R: float32, of
+    the unfiltered, tempered p; others."""
 
     token_R: Tensor
     confidence_R: Tensor
     logprob_R: Tensor
     entropy_R: Tensor | None = None
     others: Others | None = None
+    margin_R: Tensor | None = None
+
+
+class Measures(NamedTuple):
+    """What of p is reported beside the token. entropy: in nats. margin: of the likeliest id over the next."""
+
+    entropy: bool = False
+    margin: bool = False
 
 
 class UnusableLogits(LosaError):
@@ -105,29 +114,36 @@ class UnusableLogits(LosaError):
 
 
 def sample(
-    logits_RV: Tensor, rows: SamplingRows, bans: Bans, entropy: bool = False, wanted: Wanted | None = None
+    logits_RV: Tensor,
+    rows: SamplingRows,
+    bans: Bans,
+    measures: Measures = Measures(),  # noqa: B008 - immutable
+    wanted: Wanted | None = None,
 ) -> Sampled:
     """Sample one token per row, see the definitions above.
 
-    logits_RV: any float dtype, not changed. entropy: also report the entropy of p in nats (unfiltered, tempered).
-    wanted: also report these log-probabilities.
+    logits_RV: any float dtype, not changed. measures: also report these of p (unfiltered, tempered). wanted: also
+    report these log-probabilities.
     Raises UnusableLogits naming the rows; the others can be sampled again without them.
     """
     R, V = logits_RV.shape
     height = max(1, _ELEMENTS_PER_PASS // V)
     parts = [
-        _sample_part(logits_RV, rows, bans, entropy, wanted, start, start + height)
+        _sample_part(logits_RV, rows, bans, measures, wanted, start, start + height)
         for start in range(0, max(R, 1), height)
     ]
-    token_R, logprob_R, entropy_R, usable_R, *others = (torch.cat(column) for column in zip(*parts, strict=True))
+    token_R, logprob_R, usable_R, entropy_R, margin_R, *others = (
+        torch.cat(column) for column in zip(*parts, strict=True)
+    )
     if not bool(usable_R.all()):
         raise UnusableLogits(tuple(torch.nonzero(~usable_R).flatten().tolist()))
     return Sampled(
         token_R,
         logprob_R.exp().float(),
         logprob_R.float(),
-        entropy_R.float() if entropy else None,
+        entropy_R.float() if measures.entropy else None,
         Others(*others) if others else None,
+        margin_R.float() if measures.margin else None,
     )
 
 
@@ -141,10 +157,11 @@ def log_probabilities(logits_RV: Tensor, rows: SamplingRows, bans: Bans) -> tupl
 
 
 def _sample_part(
-    logits_RV: Tensor, rows: SamplingRows, bans: Bans, entropy: bool, wanted: Wanted | None, start: int, stop: int
+    logits_RV: Tensor, rows: SamplingRows, bans: Bans, measures: Measures, wanted: Wanted | None, start: int, stop: int
 ) -> tuple[Tensor, ...]:
-    """(token, logprob, entropy, usable, *others) of rows [start, stop), float64; logprob in entropy's place if that is
-    not asked for, no others if none are wanted. Only what is drawn or asked for goes over the vocabulary in float64."""
+    """(token, logprob, usable, entropy, margin, *others) of rows [start, stop), float64; logprob in the place of a
+    measure that is not asked for, no others if none are wanted. Only what is drawn or asked for goes over the
+    vocabulary in float64."""
     logits_RV = _banned(logits_RV[start:stop], bans, start)
     rows = SamplingRows(*(column[start:stop] for column in rows))
     token_R = logits_RV.argmax(-1)
@@ -158,11 +175,12 @@ def _sample_part(
         logp_DV = _tempered(logits_DV, best_R[drawn_D], drawn.temperature_R)
         token_D = _draw(logits_DV, logp_DV.exp(), drawn)
         token_R[drawn_D], logprob_R[drawn_D] = token_D, logp_DV.gather(-1, token_D[:, None])[:, 0]
-    if not entropy and wanted is None:
-        return token_R, logprob_R, logprob_R, usable_R
+    if not any(measures) and wanted is None:
+        return token_R, logprob_R, usable_R, logprob_R, logprob_R
     logp_RV = _tempered(logits_RV, best_R, rows.temperature_R)
     others = () if wanted is None else _others(logp_RV, wanted, start)
-    return token_R, logprob_R, _entropy(logp_RV) if entropy else logprob_R, usable_R, *others
+    entropy_R = _entropy(logp_RV) if measures.entropy else logprob_R
+    return token_R, logprob_R, usable_R, entropy_R, _margin(logp_RV) if measures.margin else logprob_R, *others
 
 
 def _others(logp_RV: Tensor, wanted: Wanted, start: int) -> Others:
@@ -199,6 +217,11 @@ def _log_total(logits_RV: Tensor, best_R: Tensor) -> Tensor:
 def _entropy(logp_RV: Tensor) -> Tensor:
     # p * log p is 0 where p is 0, also for a banned id.
     return -(logp_RV.exp() * logp_RV.clamp(min=-1e300)).sum(-1)
+
+
+def _margin(logp_RV: Tensor) -> Tensor:
+    best_R2 = logp_RV.topk(2).values.exp()
+    return best_R2[:, 0] - best_R2[:, 1]
 
 
 def _banned(logits_RV: Tensor, bans: Bans, start: int) -> Tensor:

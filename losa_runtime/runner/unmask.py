@@ -19,8 +19,8 @@ from losa_runtime.core.work import BlockResult, RowContext, WorkItem, nothing
 from losa_runtime.decoding.algorithm import Candidates, DecodingAlgorithm, accept
 from losa_runtime.decoding.penalties import PenaltyRows, has_penalties, penalise
 from losa_runtime.decoding.registry import load_algorithm
-from losa_runtime.decoding.rng import uniform
-from losa_runtime.decoding.sampling import Bans, Sampled, SamplingRows, UnusableLogits, sample
+from losa_runtime.decoding.rng import ORDER_STREAM, uniform
+from losa_runtime.decoding.sampling import Bans, Measures, Sampled, SamplingRows, UnusableLogits, sample
 from losa_runtime.models.model import BlockDiffusionModel
 from losa_runtime.runner.alternatives import of_score, per_row, wanted
 from losa_runtime.runner.guided import GuidedBlocks
@@ -148,9 +148,10 @@ class Unmasker:
             uniform_R=uniform(seed_R, position_R, step_R),
         )
         logits_RV = penalise(logits_RV, self._penalties(items, sizes))
-        entropy = any(_algorithm(item).needs_entropy for item in items)
+        needs = frozenset[str]().union(*(_algorithm(item).needs for item in items))
+        measures = Measures("entropy_R" in needs, "margin_R" in needs)
         bans = self._bans(items, sizes, device)
-        sampled = sample(logits_RV, rows, bans, entropy, wanted(contexts, sizes, device))
+        sampled = sample(logits_RV, rows, bans, measures, wanted(contexts, sizes, device))
         return guided.propose(sampled, logits_RV, rows, bans) if guided else sampled
 
     def _penalties(self, items: Sequence[WorkItem], sizes: Sequence[int]) -> list[PenaltyRows]:
@@ -199,10 +200,22 @@ class Unmasker:
             step_index_S=step_index_S,
             num_steps_S=num_steps_S,
             threshold_S=to_device([d.threshold for d in decoding if d is not None], torch.float32, device),
+            entropy_bound_S=to_device([d.entropy_bound for d in decoding if d is not None], torch.float64, device),
             block_length=self.block_length,
             entropy_R=sampled.entropy_R,
+            margin_R=sampled.margin_R,
+            order_R=_order(items, sizes, offset_R),
         )
         return accept([_algorithm(item) for item in items], candidates)
+
+
+def _order(items: Sequence[WorkItem], sizes: Sequence[int], offset_R: Tensor) -> Tensor | None:
+    """A number per row by lot, where an algorithm goes by it."""
+    if not any("order_R" in _algorithm(item).needs for item in items):
+        return None
+    about = [[_context(item).seed for item in items], [item.start for item in items], [item.step for item in items]]
+    seed_R, start_R, step_R = (to_device(np.repeat(column, sizes), torch.int64, offset_R.device) for column in about)
+    return uniform(seed_R ^ ORDER_STREAM, start_R + offset_R, step_R)
 
 
 def _offsets(candidates: np.ndarray | None) -> np.ndarray:

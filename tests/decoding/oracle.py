@@ -52,8 +52,12 @@ def accepted_offsets(
     num_steps: int,
     block_length: int,
     threshold: float,
+    bound: float = 0.0,
+    entropies: dict[int, float] | None = None,
+    margins: dict[int, float] | None = None,
+    lots: dict[int, float] | None = None,
 ) -> set[int]:
-    """The offsets that a block accepts in one step."""
+    """The offsets that a block accepts in one step. entropies, margins, lots: by offset, where a rule reads them."""
     n = block_length // num_steps
     if step < block_length % num_steps:
         n += 1
@@ -62,6 +66,22 @@ def accepted_offsets(
     n = min(n, len(candidates))
     if algorithm == "sequential":
         return set(sorted(offset for offset, _ in candidates)[:n])
+    if algorithm == "random":
+        assert lots is not None
+        return set(sorted(lots, key=lambda o: (-lots[o], o))[:n])
+    if algorithm == "margin":
+        assert margins is not None
+        return set(sorted(margins, key=lambda o: (-margins[o], o))[:n])
+    if algorithm == "entropy_bounded":
+        assert entropies is not None
+        order = sorted(entropies, key=lambda o: (entropies[o], o))
+        within, total = 0, 0.0
+        for offset in order:
+            total += entropies[offset]
+            if total > bound:
+                break
+            within += 1
+        return set(order[: max(within, n)])
     surest = [offset for offset, _ in sorted(candidates, key=lambda c: (-c[1], c[0]))]
     if algorithm == "low_confidence_dynamic":
         sure = {offset for offset, confidence in candidates if confidence > threshold}

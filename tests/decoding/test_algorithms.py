@@ -53,8 +53,28 @@ def candidates_of(block_length: int, blocks: list[Block]) -> Candidates:
         step_index_S=torch.tensor([b[1] for b in blocks], dtype=torch.int64),
         num_steps_S=torch.tensor([b[2] for b in blocks], dtype=torch.int64),
         threshold_S=torch.tensor([b[3] for b in blocks], dtype=torch.float64),
+        entropy_bound_S=torch.tensor([BOUND for _ in blocks], dtype=torch.float64),
         block_length=block_length,
+        entropy_R=torch.tensor([entropy_of(o, c) for o, c in rows], dtype=torch.float32),
+        margin_R=torch.tensor([margin_of(o, c) for o, c in rows], dtype=torch.float32),
+        order_R=torch.tensor([lot_of(o, c) for o, c in rows], dtype=torch.float64),
     )
+
+
+BOUND = 0.75
+
+
+def entropy_of(offset: int, confidence: float) -> float:
+    """Made up, exact in binary, often equal, not in the order of the confidences."""
+    return round(4 * abs(confidence - 0.5)) / 4 + (offset % 3) / 8
+
+
+def margin_of(offset: int, confidence: float) -> float:
+    return round(4 * confidence) * 3 % 5 / 8 + (offset % 2) / 16
+
+
+def lot_of(offset: int, confidence: float) -> float:
+    return (offset * 7 + round(8 * confidence)) % 11 / 16
 
 
 def by_block(accepted_R: torch.Tensor, candidates: Candidates) -> list[set[int]]:
@@ -85,7 +105,11 @@ def check(block_length: int, blocks: list[Block], names: list[str]) -> None:
     candidates = candidates_of(block_length, blocks)
     accepted_R = accept([load_algorithm(name) for name in names], candidates)
     expected = [
-        oracle.accepted_offsets(name, rows, step, steps, block_length, threshold)
+        oracle.accepted_offsets(
+            name,
+            *(rows, step, steps, block_length, threshold, BOUND),
+            *({o: measure(o, c) for o, c in rows} for measure in (entropy_of, margin_of, lot_of)),
+        )
         for name, (rows, step, steps, threshold) in zip(names, blocks, strict=True)
     ]
     assert by_block(accepted_R, candidates) == expected
@@ -113,7 +137,7 @@ def test_a_block_is_done_within_its_planned_steps(name: str, data: st.DataObject
         if not masked:
             break
     assert not masked
-    if full and name != "low_confidence_dynamic":
+    if full and not load_algorithm(name).knobs:
         assert used == steps  # the plan is exact for a block that starts all masked
 
 
@@ -149,6 +173,37 @@ def test_resolve_prefers_the_request_then_the_engine_then_one_token_per_step() -
     assert resolve(DiffusionParams(), engine, 32) == DecodingParams("sequential", 0.7, 8)
     wish = DiffusionParams(algorithm="low_confidence_dynamic", threshold=0.0, denoising_steps=32)
     assert resolve(wish, engine, 32) == DecodingParams("low_confidence_dynamic", 0.0, 32)
+
+
+def test_a_preset_stands_between_the_request_and_the_engine() -> None:
+    engine = config(algorithm="sequential", threshold=0.7, denoising_steps=8)
+    assert resolve(DiffusionParams(preset="sglang"), engine, 32) == DecodingParams("low_confidence_dynamic", 0.95, 8)
+    own = DiffusionParams(preset="sdar", threshold=0.5, denoising_steps=4)
+    assert resolve(own, engine, 32) == DecodingParams("low_confidence_dynamic", 0.5, 4)
+    assert resolve(DiffusionParams(preset="lmdeploy", algorithm="margin"), engine, 32).algorithm == "margin"
+    with pytest.raises(InvalidRequest, match=r"custom_params\.preset: found 'vllm', allowed: one of sdar, lmdeploy"):
+        resolve(DiffusionParams(preset="vllm"), engine, 32)
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_a_number_that_an_algorithm_does_not_read_is_refused(name: str) -> None:
+    knobs = load_algorithm(name).knobs
+    for knob in ("threshold", "entropy_bound"):
+        wish = DiffusionParams.model_validate({"algorithm": name, knob: 0.25})
+        if knob in knobs:
+            assert getattr(resolve(wish, config(), 8), knob) == 0.25
+        else:
+            with pytest.raises(InvalidRequest, match=f"custom_params.{knob}: found 0.25, allowed: absent: '{name}'"):
+                resolve(wish, config(), 8)
+
+
+def test_the_bound_counts_all_entropies_and_the_plan_is_the_least() -> None:
+    """Entropies 0.125 and 0.25 are within a bound of 0.75, with 0.5 they are not; four planned take all in."""
+    rows = [(1, 0.5), (2, 0.5), (0, 0.0), (3, 1.0)]
+    assert [entropy_of(*row) for row in rows] == [0.125, 0.25, 0.5, 0.5]
+    for steps, expected in ((4, {1, 2}), (1, {0, 1, 2, 3})):
+        candidates = candidates_of(4, [(rows, 0, steps, 0.0)])
+        assert by_block(load_algorithm("entropy_bounded").accept(candidates), candidates) == [expected]
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losa_runtime.decoding.rng import uniform
-from losa_runtime.decoding.sampling import Bans, Sampled, SamplingRows, UnusableLogits, sample
+from losa_runtime.decoding.sampling import Bans, Measures, Sampled, SamplingRows, UnusableLogits, sample
 from tests.decoding import oracle
 
 MASK = 3
+EVERYTHING = Measures(Measures(entropy=True), margin=True)
 Wish = tuple[float, int, float, float, float]  # temperature, top_k, top_p, min_p, uniform number
 CHOICES = (
     [0.0, 0.05, 0.5, 1.0, 1.7, 20.0],
@@ -86,13 +87,16 @@ def check_row(got: Sampled, r: int, logits: list[float], banned: set[int], wish:
     assert got.logprob_R[r] == pytest.approx(math.log(p[token]), rel=1e-5, abs=1e-6)
     assert got.entropy_R is not None
     assert got.entropy_R[r] == pytest.approx(-math.fsum(x * math.log(x) for x in p if x > 0), rel=1e-5, abs=1e-6)
+    assert got.margin_R is not None
+    second, first = sorted(p)[-2:]
+    assert got.margin_R[r] == pytest.approx(first - second, rel=1e-5, abs=1e-6)
 
 
 @settings(max_examples=200, deadline=None)
 @given(cases())
 def test_equals_the_oracle(case: tuple) -> None:
     logits, parameters, bans, banned = case
-    got = sample(torch.tensor(logits), rows_of(parameters), bans, entropy=True)
+    got = sample(torch.tensor(logits), rows_of(parameters), bans, EVERYTHING)
     for r, wish in enumerate(parameters):
         check_row(got, r, logits[r], banned[r], wish)
 
@@ -107,7 +111,7 @@ def test_thousands_of_mixed_rows_equal_the_oracle(ties: bool, seed: int) -> None
     wishes: list[Any] = [(*(chance.choice(c) for c in CHOICES), chance.random()) for _ in range(R)]
     pairs = [(r, i) for r in range(R) for i in (0, 4) if chance.random() < 0.2]
     row_N, id_N = torch.tensor(pairs).T
-    got = sample(logits, rows_of(wishes), Bans(MASK, V - 2, row_N, id_N), entropy=True)
+    got = sample(logits, rows_of(wishes), Bans(MASK, V - 2, row_N, id_N), EVERYTHING)
     banned = [{MASK, V - 2, V - 1} for _ in range(R)]
     for row, token in pairs:
         banned[row].add(token)
@@ -325,5 +329,5 @@ def test_a_greedy_probability_is_exact_and_the_same_in_any_company(vocab: int) -
     mixed = rows_of([(t, -1, 1.0, 0.0, 0.5) for t in (0.0, 0.7, 0.0) * 3])
     still = mixed.temperature_R == 0
     for entropy in (False, True):
-        found = sample(logits, mixed, bans, entropy=entropy)
+        found = sample(logits, mixed, bans, Measures(entropy, margin=entropy))
         assert torch.equal(found.logprob_R[still], got.logprob_R[still]), "what others ask for changes nothing"

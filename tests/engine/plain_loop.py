@@ -6,6 +6,9 @@ parity with an independent implementation is a test of its own).
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -39,7 +42,8 @@ def generate(
     stop: tuple[int, ...] = (),
     seen_logits: list[Tensor] | None = None,
 ) -> list[int]:
-    """Greedy block diffusion; returns the output tokens up to and including the first stop token.
+    """Greedy block diffusion; returns the output tokens up to and including the first stop token. threshold: of the
+    dynamic rule, or the bound of the entropy-bounded one.
 
     Of a model with shifted logits, row i - 1 speaks for position i, and a block's first position is filled before any
     step by the last row of the whole blocks before it.
@@ -70,6 +74,14 @@ def generate(
             order = sorted(range(len(open_)), key=lambda i: (-float(sure[i]), i))
             if rule == "sequential":
                 order = list(range(len(open_)))
+            p = logits.double().softmax(-1)
+            if rule == "margin":
+                first, second = p.topk(2).values.T
+                order = sorted(range(len(open_)), key=lambda i: (-float(first[i] - second[i]), i))
+            if rule == "entropy_bounded":
+                entropy = [-sum(x * math.log(x) for x in row if x > 0) for row in p.tolist()]
+                order = sorted(range(len(open_)), key=lambda i: (entropy[i], i))
+                n = max(n, sum(total <= threshold for total in accumulate(entropy[i] for i in order)))
             chosen = order[:n]
             above = [i for i in range(len(open_)) if sure[i] > threshold]
             if rule == "low_confidence_dynamic" and len(above) >= n:

@@ -15,7 +15,7 @@ from losa_runtime.sparse.method import METHODS, method_class
 from tests.engine import plain_loop
 from tests.sparse.cases import CASES
 
-RULES = ["sequential", "low_confidence_static", "low_confidence_dynamic"]
+RULES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "margin", "entropy_bounded"]
 
 
 def greedy(new: int, **custom: Any) -> SamplingParams:
@@ -36,11 +36,11 @@ def tiny(tiny_checkpoint: Path, request: pytest.FixtureRequest) -> LLM:
 @pytest.mark.parametrize(("length", "new", "steps"), [(1, 20, 16), (16, 33, 5), (31, 17, 16), (90, 40, 3), (48, 5, 7)])
 def test_tokens_equal_the_plain_loop(tiny: LLM, rule: str, length: int, new: int, steps: int) -> None:
     ids = prompt(length, seed=length)
-    sure = {"threshold": 0.02} if rule == "low_confidence_dynamic" else {}
-    params = greedy(new, algorithm=rule, denoising_steps=steps, **sure)
+    knob = {"low_confidence_dynamic": ("threshold", 0.02), "entropy_bounded": ("entropy_bound", 12.0)}.get(rule)
+    params = greedy(new, algorithm=rule, denoising_steps=steps, **({} if knob is None else dict([knob])))
     [got] = tiny.generate([ids], params)
     model, stop = tiny.engine.parts.runner.model, tuple(tiny.engine.parts.eos_token_ids)
-    want = plain_loop.generate(model, ids, new, steps, rule, 0.02, tiny.tokenizer.vocab_size, stop)
+    want = plain_loop.generate(model, ids, new, steps, rule, knob[1] if knob else 0.0, tiny.tokenizer.vocab_size, stop)
     assert list(got.token_ids) == want
     assert got.prompt_tokens == length
 

@@ -10,6 +10,7 @@ import torch
 
 from losa_runtime import LLM, SamplingParams
 from losa_runtime.core.sampling_params import DiffusionParams
+from losa_runtime.decoding.registry import ALGORITHMS
 from losa_runtime.sparse.method import METHODS, method_class
 from tests.engine.recording import Bits, logits_of
 from tests.engine.test_exact import prompt
@@ -32,7 +33,7 @@ def requests() -> list[tuple[list[int], SamplingParams]]:
         custom = DiffusionParams(
             sparse_method=method,
             sparse_options=options,
-            algorithm="low_confidence_static",
+            algorithm=tuple(ALGORITHMS)[number % len(ALGORITHMS)],
             denoising_steps=2 + number % 3,
             **wish,
         )

@@ -1,0 +1,31 @@
+"""Decoding as other engines have it by default, under their names: values for a request that sends `preset`.
+
+Only rules that can be had here exactly, at temperature 0, are offered; each is written down with what differs. A block
+always ends within its planned steps, one token per step unless `denoising_steps` says otherwise. Defaults as read in
+the engines' public sources in autumn 2026. Loads no tensor library.
+
+sdar: SDAR's generation loop. All candidates whose confidence exceeds 0.85, else the planned number of the surest. There
+  confidence is read after top_k and top_p, here before (with top_k = 1 theirs is always 1, and a block is one step).
+lmdeploy: the same rule and threshold, one token where none is sure. Confidence is of the untempered logits there; at
+  temperature 0 it is here as well.
+sglang: its LowConfidence algorithm. Threshold 0.95, the surest one where none exceeds it, the likeliest token always:
+  it is that rule at temperature 0, which this preset does not set.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Preset(NamedTuple):
+    """Decoding parameters that go together."""
+
+    algorithm: str
+    threshold: float
+
+
+PRESETS: dict[str, Preset] = {
+    "sdar": Preset("low_confidence_dynamic", threshold=0.85),
+    "lmdeploy": Preset("low_confidence_dynamic", threshold=0.85),
+    "sglang": Preset("low_confidence_dynamic", threshold=0.95),
+}

@@ -19,7 +19,7 @@ PINS := $(if $(CUDA),build/constraints-cuda.txt,$(CONSTRAINTS))
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(PINS) $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels demo serve test test-slow test-gpu frontend-matrix soak drills bench bench-gpu check fmt constraints clean
+.PHONY: help setup kernels demo serve test test-slow test-gpu frontend-matrix router-matrix soak drills bench bench-gpu check fmt constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -75,6 +75,9 @@ test-gpu: setup ## what only a GPU can show: kernels in bfloat16, the GPU backen
 
 frontend-matrix: setup ## the suite for SGLang's frontend with several of its releases (builds them, minutes)
 	$(BIN)/python -m tests.frontend.matrix
+
+router-matrix: setup ## two servers behind each of the routers that SGLang deployments use (installs them, minutes)
+	$(BIN)/python -m tests.routers.matrix
 
 soak: setup ## thousands of requests and hostile messages on end, and bugs planted in a copy of the sources
 	$(BIN)/python -m pytest -m soak -s --record $(DRILL_RESULTS)

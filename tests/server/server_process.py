@@ -52,10 +52,18 @@ def gone(process: psutil.Process, seconds: float) -> bool:
 
 
 class ServerProcess:
-    """Started on entry, killed with its engine on exit if it is still there. fake: with the engine process `engine`."""
+    """Started on entry, killed with its engine on exit if it is still there. fake: with the engine process `engine`.
+    port: None = a free one."""
 
-    def __init__(self, *options: str, fake: bool = True, tmp: Path, engine: tuple[str, ...] = FAKE_ENGINE) -> None:
-        self.port = free_port()
+    def __init__(
+        self,
+        *options: str,
+        fake: bool = True,
+        tmp: Path,
+        engine: tuple[str, ...] = FAKE_ENGINE,
+        port: int | None = None,
+    ) -> None:
+        self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         head = ("-c", WITH_OTHER_ENGINE.format(engine)) if fake else ("-m", "losa_server")
         self.command = [sys.executable, *head, "serve", "--port", str(self.port), *options]

@@ -167,8 +167,10 @@ class Direction(NamedTuple):
     words: TypeAdapter[Any]
 
 
-TO_ENGINE = Direction("to_engine", TypeAdapter(ToEngine))
-TO_FRONTEND = Direction("to_frontend", TypeAdapter(ToFrontend))
+# Values are names and texts that hardly come twice: a cache of them would grow for tens of thousands of requests.
+_CACHE = ConfigDict(cache_strings="keys")
+TO_ENGINE = Direction("to_engine", TypeAdapter(ToEngine, config=_CACHE))
+TO_FRONTEND = Direction("to_frontend", TypeAdapter(ToFrontend, config=_CACHE))
 
 
 def encode(message: Message) -> bytes:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 import os
 import pickle
 import random
 import re
 import stat
 import threading
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ from losa_server.messages import (
     TO_ENGINE,
     TO_FRONTEND,
     AbortRequest,
+    Direction,
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -207,3 +211,20 @@ def test_reports_carry_the_rates_since_the_last_one() -> None:
     second = report.make({"prompt_tokens": 30, "cached_tokens": 5})
     assert (second["gen_throughput"], second["recent_hit_rate"]) == (0.0, 0.0)
     assert report.make({"prompt_tokens": 40, "cached_tokens": 14})["recent_hit_rate"] == 0.9
+
+
+@pytest.mark.parametrize("direction", [TO_ENGINE, TO_FRONTEND])
+def test_nothing_of_messages_that_were_read_is_kept(direction: Direction) -> None:
+    """pydantic caches strings that it reads, values too by default: with a name in each message that grows for long."""
+    rids = [f"request-{number}-with-a-name" for number in range(4000)]
+    make = AbortRequest if direction is TO_ENGINE else partial(RequestError, status_code=400, message="refused")
+    frames = [encode(make(rid=rid)) for rid in rids]
+    tracemalloc.start()
+    try:
+        for frame in frames:
+            direction.words.validate_json(frame)
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 20_000

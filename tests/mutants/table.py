@@ -250,8 +250,8 @@ MUTANTS = (
     Mutant(
         "keys that are no numbers are shared",
         "losa_runtime/runner/model_runner.py",
-        "isfinite().all(-1)",
-        "isfinite().any(-1)",
+        "nothing() if sound_T[s.start : s.stop].all() else nothing(_BROKEN) for",
+        "nothing() for",
         "tests/engine/test_isolation.py",
     ),
     Mutant(
@@ -276,11 +276,11 @@ MUTANTS = (
         "tests/server/test_drain.py",
     ),
     Mutant(
-        "aborts are not sent while a server stops",
+        "aborts are not sent while a server drains",
         SERVER + "engine_client.py",
         "        if self._life is not None and self._life.up:\n            self._post(AbortRequest",
         "        if self.healthy:\n            self._post(AbortRequest",
-        "tests/server/test_drain.py",
+        "tests/server/test_leaving.py",
     ),
     Mutant(
         "requests on their way to the engine do not count",

@@ -122,6 +122,16 @@ def test_a_retracted_request_opens_its_block_anew() -> None:
     assert world.tokens("r") == expected(5, 12)
 
 
+def test_a_retracted_request_is_first_in_line() -> None:
+    world = World(pages=32)
+    world.add("a", list(range(4)), 12)
+    world.step()
+    world.add("b", list(range(8, 12)), 12)
+    [running] = world.scheduler.running
+    world.scheduler._retract(running)
+    assert [req.request.rid for req in world.scheduler.waiting] == ["a", "b"]
+
+
 def test_a_second_request_finds_the_prefix_and_the_answer_of_the_first() -> None:
     world = World(pages=32)
     world.add("a", list(range(8)), 9)

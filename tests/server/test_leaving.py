@@ -67,6 +67,25 @@ def test_a_client_that_leaves_is_aborted(server: AppServer, text: str, stream: b
     assert server.manager.live == 0
 
 
+def test_a_client_that_leaves_while_the_server_drains_is_aborted(bundled: str) -> None:
+    """The engine must not go on for nobody while others wait for their last tokens."""
+    with AppServer(bundled) as draining:
+        body = {"text": "HANG", "sampling_params": {"max_new_tokens": 2000}}
+
+        def drain() -> None:
+            assert until(lambda: draining.engine.live != {})
+            draining.client.drain("the server is shutting down")
+
+        watch = threading.Thread(target=drain)
+        with httpx.Client(base_url=draining.url, timeout=httpx.Timeout(5, read=2.0)) as leaving:
+            watch.start()
+            with pytest.raises(httpx.ReadTimeout):
+                leaving.post("/generate", json=body)
+        watch.join()
+        assert not draining.client.healthy
+        assert until(lambda: draining.engine.aborted == 1 and draining.engine.live == {})
+
+
 def test_clients_that_leave_leave_nothing_behind(server: AppServer) -> None:
     async def tasks() -> int:
         return len(asyncio.all_tasks())

@@ -74,8 +74,8 @@ MUTANTS = (
     Mutant(
         "a retracted request goes on with the block it had",
         SCHEDULER + "req.py",
-        "        self.block = self.opening = None\n        self.cost.retractions += 1\n",
-        "        self.opening = None\n        self.cost.retractions += 1\n",
+        "        self.block = self.opening = self.first = None\n        self.cost.retractions += 1\n",
+        "        self.opening = self.first = None\n        self.cost.retractions += 1\n",
         SCHEDULING,
     ),
     Mutant(
@@ -95,8 +95,8 @@ MUTANTS = (
     Mutant(
         "requests that arrive together all prefill their prefix",
         SCHEDULER + "scheduler.py",
-        "        if not self.cache.reuse:\n            return False\n        end = req.prefill_target",
-        "        return False\n        end = req.prefill_target",
+        "        if not self.cache.reuse:\n            return False\n        for other",
+        "        return False\n        for other",
         SCHEDULING,
     ),
     Mutant(

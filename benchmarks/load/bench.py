@@ -42,7 +42,9 @@ def run(model: str, stands: Sequence[Stand], console: Console, url: str | None =
             with _server(model, stand, url) as at:
                 for cell in stand.cells:
                     progress.update(bar, description=_title(cell))
-                    row = {**cell.labels, **_measured(at, cell, source), **about}
+                    measured = _measured(at, cell, source)
+                    assert cell.labels.keys().isdisjoint(measured)
+                    row = {**cell.labels, **measured, **about}
                     yield row
                     progress.advance(bar)
                     if not console.is_terminal:
@@ -79,4 +81,4 @@ def _answered(cell: Cell, outcome: tuple[dict[str, Any], list[Any]]) -> tuple[di
 
 
 def _title(cell: Cell) -> str:
-    return " ".join(str(value) for value in cell.labels.values())
+    return " ".join(str(value) for value in cell.labels.values() if not isinstance(value, dict))

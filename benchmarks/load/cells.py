@@ -14,7 +14,10 @@ GROWTH_METHODS = ("dense", "losa:512")
 
 
 class Cell(NamedTuple):
-    """One measurement. labels: what it is called in its row. primed: the document is read before the clock starts."""
+    """One measurement. labels: the first keys of its row, none of which is a key of what is measured.
+
+    primed: the document is read before the clock starts.
+    """
 
     labels: dict[str, Any]
     settings: BenchSettings
@@ -119,4 +122,5 @@ def _grown(axis: str, value: int, method: str, **other: int) -> Cell:
         custom_params={} if method == "dense" else {"active_ratio": 5 / 16},
         warmup_requests=0,
     )
-    return Cell({"benchmark": "growth", "axis": axis, **at, "method": method}, settings, primed=True)
+    labels = {"benchmark": "growth", "axis": axis, "value": value, "at": at, "method": method}
+    return Cell(labels, settings, primed=True)

@@ -83,7 +83,7 @@ def _title(rows: Sequence[Row], axis: str) -> str:
         "budget": "budget {}",
         "block_length": "blocks of {}",
     }
-    return ", ".join(text.format(row[name]) for name, text in rest.items() if name != axis)
+    return ", ".join(text.format(row["at"][name]) for name, text in rest.items() if name != axis)
 
 
 def _short(value: int) -> str:

@@ -60,7 +60,7 @@ def pairs(rows: Sequence[Row], axis: str) -> dict[int, dict[str, Row]]:
     found: dict[int, dict[str, Row]] = {}
     for row in rows:
         if row["axis"] == axis:
-            found.setdefault(row[axis], {})[row["method"].partition(":")[0]] = row
+            found.setdefault(row["value"], {})[row["method"].partition(":")[0]] = row
     return found
 
 

@@ -60,29 +60,31 @@ def test_fewer_requests_ask_the_same() -> None:
 def test_cells_of_an_axis_differ_in_nothing_else() -> None:
     for axis in AXES:
         cells = [cell for stand in growth() for cell in stand.cells if cell.labels["axis"] == axis]
-        assert len({cell.labels[axis] for cell in cells}) >= 5
+        assert len({cell.labels["value"] for cell in cells}) >= 5
         assert {cell.labels["method"].partition(":")[0] for cell in cells} >= {"losa"}
         others = [name for name in BASE if name != axis]
-        assert len({tuple(cell.labels[name] for name in others) for cell in cells}) == 1
+        assert len({tuple(cell.labels["at"][name] for name in others) for cell in cells}) == 1
         for cell in cells:
-            asked = cell.settings
-            assert asked.prefix_len == cell.labels["context"] and asked.concurrency == cell.labels["concurrency"]
+            asked, at = cell.settings, cell.labels["at"]
+            assert (asked.prefix_len, asked.concurrency) == (at["context"], at["concurrency"])
+            assert at[axis] == cell.labels["value"]
             assert asked.request_methods == (cell.labels["method"],)
 
 
-def row(axis: str, method: str, speed: float, **at: int) -> dict[str, Any]:
+def row(axis: str, method: str, speed: float, value: int = 8) -> dict[str, Any]:
     figures = {"output_throughput": 3.0, "tokens_per_cpu_s": speed, "engine_cores": 0.5, "kv_density": 0.1}
     memory = {"kv_bytes_held": 2**20, "engine_rss_bytes": 2**21}
-    return {"axis": axis, "method": method, **BASE, **at, **figures, **memory}
+    labels = {"axis": axis, "value": value, "at": {**BASE, axis: value}, "method": method}
+    return {**labels, **figures, **memory}
 
 
 GROWTH = [
-    row("context", "dense", 100.0, context=1024),
-    row("context", "losa:512", 90.0, context=1024),
-    row("context", "dense", 50.0, context=8192),
-    row("context", "losa:512", 100.0, context=8192),
+    row("context", "dense", 100.0, 1024),
+    row("context", "losa:512", 90.0, 1024),
+    row("context", "dense", 50.0, 8192),
+    row("context", "losa:512", 100.0, 8192),
     *(row(axis, method, 10.0) for axis in ("concurrency", "block_length") for method in ("dense", "losa:512")),
-    *(row("budget", f"losa:{budget}", 10.0, budget=budget) for budget in (64, 128)),
+    *(row("budget", f"losa:{budget}", 10.0, budget) for budget in (64, 128)),
 ]
 
 

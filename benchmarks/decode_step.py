@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     device = chosen_device(parser, args.device)
+    if args.cpu_time and (args.threads != 1 or device.type != "cpu"):
+        parser.error("--cpu-time: allowed with --threads 1 on a CPU, where the processor's seconds are those of a step")
     torch.set_num_threads(args.threads)
     console = Console(stderr=True, width=max(110, Console(stderr=True).width))
     setting = _setting(args, device)
@@ -56,11 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(bar, description=method, advance=1)
             played[method] = world.play(method)[1:]
         progress.advance(bar)
+    empty_s = world.without_attention()
     found = {method: _figures(world, blocks, read) for method, blocks in played.items()}
     console.print(f"read {read / 1e9:,.0f} GB/s; weights that a step reads {world.weight_bytes / 1e9:.2f} GB")
     console.print(_table(found))
+    ceiling = _ceiling(world, empty_s, found)
+    console.print(
+        f"without attention a step takes {1e3 * empty_s:.1f} ms: a block whose later steps read nothing would be "
+        f"{ceiling['block_speedup_at_most']:.2f} times as fast as a dense one"
+        if "block_speedup_at_most" in ceiling
+        else f"without attention a step takes {1e3 * empty_s:.1f} ms"
+    )
     row = {"read_GB_s": round(read / 1e9, 1), "methods": found} | {name: getattr(args, name) for name in ASKED}
     row |= {"steps": setting.steps, "dtype": str(setting.dtype).removeprefix("torch."), "graphs": setting.graphs}
+    row |= {"threads": args.threads, "clock": "processor" if args.cpu_time else "wall", "ceiling": ceiling}
+    row |= {"speedup_vs_dense": _over_dense(found), "load_average": round(os.getloadavg()[0], 2)}
+    row["prefix"] = "noise, written to the pages without a prefill"
     row["backend"] = type(world.runner.backend).__name__
     if args.output is not None:
         add_row(args.output, row | circumstances(device))
@@ -79,7 +93,7 @@ def _figures(world: World, blocks: list[list[Step]], read: float) -> dict[str, A
     kv_bytes = sum(cost.kv_bytes + cost.metadata_bytes for cost in costs) / len(later)
     least = (world.weight_bytes + kv_bytes) / read
     return {
-        "tokens_per_s": round(setting.batch * setting.block / block_s, 2),
+        "tokens_per_s": round(setting.batch * setting.block / block_s, 4),
         "step_ms": round(1e3 * step_s, 3),
         "first_step_ms": round(1e3 * median(step.seconds for step in steps if step.first), 3),
         "block_ms": round(1e3 * block_s, 3),
@@ -88,6 +102,30 @@ def _figures(world: World, blocks: list[list[Step]], read: float) -> dict[str, A
         "step_kv_MB": round(kv_bytes / 1e6, 2),
         "steps": len(later),
     }
+
+
+def _ceiling(world: World, empty_s: float, found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """What sparse reading can gain at most. A block's first step, with the commit before it, is dense in any case; the
+    later ones cannot take less than the layers alone."""
+    linear, attention = world.flops()
+    known = {
+        "step_ms_without_attention": round(1e3 * empty_s, 3),
+        "linear_GFLOP": round(linear / 1e9, 2),
+        "dense_attention_GFLOP": round(attention / 1e9, 2),
+    }
+    if "dense" in found:
+        dense = found["dense"]
+        least = dense["first_step_ms"] + (world.setting.steps - 1) * 1e3 * empty_s
+        known["block_speedup_at_most"] = round(dense["block_ms"] / least, 2)
+    return known
+
+
+def _over_dense(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Tokens per second of whole blocks relative to dense attention, where that was measured."""
+    if "dense" not in found:
+        return {}
+    base = found["dense"]["tokens_per_s"]
+    return {name: round(each["tokens_per_s"] / base, 2) for name, each in found.items()}
 
 
 def _table(found: dict[str, dict[str, Any]]) -> Table:
@@ -129,6 +167,7 @@ def _setting(args: argparse.Namespace, device: torch.device) -> Setting:
         dtype=DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")],
         device=device,
         methods=tuple(args.methods),
+        cpu_time=args.cpu_time,
         graphs=device.type == "cuda" and not args.disable_cuda_graph,
     )
 
@@ -151,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="auto", help="attention backend")
     parser.add_argument("--disable-cuda-graph", action="store_true", help="run every step eagerly")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="the processor's seconds: with one thread, whatever else runs"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also add the row, with machine, versions and commit, to this file")
     return parser

@@ -30,13 +30,15 @@ from losa_runtime.runner.unmask import Unmasker
 from losa_runtime.sparse.memory import Geometry
 from losa_runtime.sparse.method import declared_summaries, make_methods, method_class
 
+TRIES = 5
 NOBODY = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
 class Setting:
     """What is measured. blocks: of each request and method, the first is for warming up. steps: of a block. graphs:
-    whether later steps are recorded as CUDA graphs, where they can be."""
+    whether later steps are recorded as CUDA graphs, where they can be. cpu_time: count the processor's seconds, not
+    the clock's."""
 
     preset: str
     overrides: dict[str, Any]
@@ -53,6 +55,7 @@ class Setting:
     backend: str
     methods: tuple[str, ...]
     graphs: bool
+    cpu_time: bool = False
     seed: int = 0
 
 
@@ -92,6 +95,7 @@ class World:
         if s.graphs and self.runner.backend.recordable:
             self.runner.record_steps(CudaRecorder(s.device), s.batch, s.batch, patience=1)
         order = np.random.default_rng(s.seed).permutation(s.batch * room)
+        self._clock = time.process_time if s.cpu_time else time.perf_counter
         self._tables = order.reshape(s.batch, room).astype(np.int64)
 
     @property
@@ -99,6 +103,33 @@ class World:
         """What every step reads of the model: all but the embedding, of which it reads a few rows."""
         embedding = 0 if self.config.tie_word_embeddings else self.config.vocab_size * self.config.hidden_size
         return (sum(p.numel() for p in self.model.parameters()) - embedding) * self.setting.dtype.itemsize
+
+    def without_attention(self) -> float:
+        """Seconds of a later step in which attention costs nothing: layers and logits alone, the least of a few."""
+        s = self.setting
+        rows = s.batch * s.block
+        tokens = torch.full((rows,), self.config.mask_token_id, device=s.device)
+        positions = torch.arange(s.context, s.context + s.block, device=s.device).repeat(s.batch)
+
+        def once() -> float:
+            self._wait()
+            began = self._clock()
+            with torch.inference_mode():
+                hidden = self.model(tokens, positions, lambda layer, q, k, v: q)
+                self.model.logits(hidden)
+            self._wait()
+            return self._clock() - began
+
+        return min(once() for _ in range(TRIES))
+
+    def flops(self) -> tuple[float, float]:
+        """Of a step: in linear layers with all logits, and in dense attention."""
+        s, c = self.setting, self.config
+        rows = s.batch * s.block
+        head = c.vocab_size * c.hidden_size
+        weights = self.weight_bytes / s.dtype.itemsize - head
+        attention = 4.0 * rows * s.context * c.num_heads * c.head_dim * c.num_layers
+        return 2.0 * rows * (weights + head), attention
 
     def play(self, method: str) -> list[list[Step]]:
         """The steps of each block of all requests, side by side."""
@@ -125,10 +156,10 @@ class World:
         """One round; its accepted tokens are written."""
         work = Round(tuple(items), ())
         self._wait()
-        began = time.perf_counter()
+        began = self._clock()
         results = self.runner.run(work)
         self._wait()
-        seconds = time.perf_counter() - began
+        seconds = self._clock() - began
         found = [result for result in results if result.cost is not None]
         assert len(found) == len(tokens) and not any(result.error for result in results)
         for each, result in zip(tokens, found, strict=True):

@@ -37,6 +37,21 @@ def test_it_plays_whole_blocks(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert row.items() <= kept.items() and kept["versions"]["torch"] and "commit" in kept
 
 
+def test_the_processors_seconds_and_the_ceiling(capsys: pytest.CaptureFixture[str]) -> None:
+    assert decode_step.main([*SMALL.split(), "--methods", "dense", "losa", "--cpu-time"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["clock"] == "processor" and set(row["speedup_vs_dense"]) == {"dense", "losa"}
+    ceiling, dense = row["ceiling"], row["methods"]["dense"]
+    assert 0 < ceiling["step_ms_without_attention"] < dense["step_ms"]
+    least = dense["first_step_ms"] + 2 * ceiling["step_ms_without_attention"]
+    assert ceiling["block_speedup_at_most"] == pytest.approx(dense["block_ms"] / least, abs=0.01)
+    # Two requests of four rows; one layer of 4 heads of 32 numbers over 128 tokens: scores and values, 2 FLOP each.
+    assert ceiling["dense_attention_GFLOP"] == round(8 * 128 * 4 * 32 * 4 / 1e9, 2)
+    with pytest.raises(SystemExit, match="2"):
+        decode_step.main(["--cpu-time", "--threads", "2"])
+    assert "--cpu-time: allowed with --threads 1" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from losa_runtime.cache.transfer import queued, to_device, vectors_to_device
@@ -170,20 +171,22 @@ class Unmasker:
         return requests
 
     def _bans(self, items: Sequence[WorkItem], sizes: Sequence[int], device: torch.device) -> Bans:
-        pairs: list[tuple[int, int]] = []
+        spans: dict[tuple[int, ...], list[NDArray[np.int64]]] = {}  # ids -> rows that must not take them
         start = 0
         for item, size in zip(items, sizes, strict=True):
             context = _context(item)
-            for i, offset in enumerate(_offsets(item.candidates)):
-                ids = set(context.ban_always)
-                if item.start + offset < context.early_before:
-                    ids.update(context.ban_early)
-                pairs.extend((start + i, token) for token in ids)
+            if context.ban_always:
+                spans.setdefault(context.ban_always, []).append(np.arange(start, start + size))
+            if context.ban_early:
+                early = int(np.searchsorted(_offsets(item.candidates), context.early_before - item.start))
+                spans.setdefault(context.ban_early, []).append(np.arange(start, start + early))
             start += size
-        if not pairs:
+        if not spans:
             return Bans(self.mask_token_id, self.vocab_size)
-        row_N, id_N = torch.tensor(pairs, dtype=torch.int64, device=device).T
-        return Bans(self.mask_token_id, self.vocab_size, row_N, id_N)
+        rows = {ids: np.concatenate(parts) for ids, parts in spans.items()}
+        row_N = np.concatenate([np.repeat(mine, len(ids)) for ids, mine in rows.items()])
+        id_N = np.concatenate([np.tile(ids, mine.size) for ids, mine in rows.items()])
+        return Bans(self.mask_token_id, self.vocab_size, *vectors_to_device([row_N, id_N], device))
 
     def _accept(self, items: Sequence[WorkItem], sizes: Sequence[int], sampled: Sampled) -> Tensor:
         device = sampled.token_R.device

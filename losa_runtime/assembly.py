@@ -26,6 +26,7 @@ from losa_runtime.core.sampling_params import DiffusionParams
 from losa_runtime.decoding.registry import ALGORITHMS
 from losa_runtime.decoding.registry import resolve as resolve_decoding
 from losa_runtime.layers.linear import ROW_TILE, use_row_tile
+from losa_runtime.layers.mixture import use_kernels
 from losa_runtime.least_prefix import LeastPrefix, settle_least_prefix
 from losa_runtime.models.locate import locate_checkpoint
 from losa_runtime.models.model import load_model
@@ -193,6 +194,7 @@ def assemble(config: EngineConfig) -> Parts:
     )
     _log_summaries(pool, offered)
     backend = make_backend(config.attention_backend, backend_config, pool)
+    use_kernels(model, backend.kernels)
     unmasker = Unmasker(model, model_config.mask_token_id, tokenizer.vocab_size, model_config.block_length)
     runner = ModelRunner(model, backend, make_methods(geometry, offered), unmasker, device)
     if recorded:

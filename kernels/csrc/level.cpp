@@ -1,6 +1,7 @@
 // The functions of one instruction set. Compiled once per level, with that level's flags and its table's name in
 // LOSA_LEVEL_TABLE.
 #include "level.h"
+#include "products.h"
 #include "simd.h"
 #include "tile.h"
 #include "turn.h"
@@ -314,7 +315,7 @@ void moments(const void* keys, int dtype, int dim, int count, float* mean, float
 
 namespace losa {
 
-extern const Level LOSA_LEVEL_TABLE = {attend,   add,  finish, bounds_scores, mass, mark_best,
-                                       distance, copy, bounds, moments,       merge};
+extern const Level LOSA_LEVEL_TABLE = {attend, add,    finish,  bounds_scores, mass,     mark_best, distance,
+                                       copy,   bounds, moments, merge,         products, gate};
 
 }  // namespace losa

@@ -81,6 +81,11 @@ struct Level {
   void (*moments)(const void* keys, int dtype, int dim, int count, float* mean, float* spread, float* buffer);
   // out = a and b merged, one vector each.
   void (*merge)(const float* a, float lse_a, const float* b, float lse_b, float* out, int dim);
+  // out[r][c] = rows[r] . weight row c, for `count` rows and the weight rows [first, behind), each of `width` numbers.
+  void (*products)(const float* const* rows, int64_t count, int64_t width, const void* weights, int dtype,
+                   int64_t first, int64_t behind, float* const* out);
+  // gates = silu(gates) * ups.
+  void (*gate)(float* gates, const float* ups, int64_t width);
 };
 
 extern const Level portable_level;

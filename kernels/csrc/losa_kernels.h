@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define LOSA_ABI 6
+#define LOSA_ABI 7
 #define LOSA_API __attribute__((visibility("default")))
 
 enum LosaDType { LOSA_F32 = 0, LOSA_BF16 = 1, LOSA_F16 = 2 };
@@ -187,6 +187,19 @@ LOSA_API int losa_guide(LosaRun*, const LosaGuided*, int64_t* chosen, double* co
 // earlier one has ruled out is chosen again. accepted, confidence, chosen, logprob: [holes].
 LOSA_API int losa_settle(LosaRun*, const LosaGuided*, const uint8_t* accepted, const double* confidence,
                          int64_t* chosen, double* logprob);
+
+// The experts of one layer, all of `dtype`: gate_up [count, 2 width, hidden] (gate, then up), down [count, hidden,
+// width].
+typedef struct {
+  int64_t count, hidden, width;
+  int32_t dtype;
+  const void *gate_up, *down;
+} LosaExperts;
+
+// out [tokens, hidden] = sum over k of weight[t][k] * down(silu(gate(x)) * up(x)) of expert chosen[t][k], in the order
+// of k; x and out have the experts' dtype, chosen and weight are [tokens, per_token].
+LOSA_API int losa_mix_experts(LosaRun*, const LosaExperts*, const void* x, int64_t tokens, const int64_t* chosen,
+                              const float* weight, int64_t per_token, void* out);
 
 #ifdef __cplusplus
 }

@@ -65,7 +65,10 @@ class AttentionBackend(ABC):
     A segment's result is computed from its own rows and pages alone: with `same_bits` to the bit, otherwise its sums
     may be cut as the company makes it worth while.
     What is not abstract here is made of the other methods or of the reference; a backend may do it in one go.
+    kernels: the room of `losa_kernels` that computes for it, which may then compute a model's experts, too.
     """
+
+    kernels: ClassVar[Literal["torch", "native", "triton"]] = "torch"
 
     def __init__(
         self,

@@ -64,6 +64,7 @@ class DeviceBackend(AttentionBackend):
     """See `AttentionBackend`. On a CPU it serves tests, in Triton's interpreter."""
 
     recordable: ClassVar[bool] = True
+    kernels: ClassVar[Literal["torch", "native", "triton"]] = "triton"
 
     def __init__(
         self,

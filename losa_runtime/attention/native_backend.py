@@ -8,7 +8,7 @@ R rows, S segments, H query heads, G KV heads, D head dim, X slots.
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,6 +39,8 @@ from losa_runtime.cache.kv_pool import KVPool, Summary
 
 class NativeBackend(AttentionBackend):
     """See `AttentionBackend`. The best instruction set of the CPU is used, or the one named in LOSA_SIMD."""
+
+    kernels: ClassVar[Literal["torch", "native", "triton"]] = "native"
 
     def __init__(
         self,

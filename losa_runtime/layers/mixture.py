@@ -6,11 +6,14 @@ Knows no model. Shape letters: T tokens, C hidden, E experts, I hidden of an exp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from losa_kernels.native import experts as native
+from losa_kernels.native.library import Kernels
 from losa_kernels.reference.experts import mix_experts
 from losa_runtime.core.expert_config import ExpertConfig
 from losa_runtime.layers.linear import linear
@@ -18,15 +21,18 @@ from losa_runtime.layers.mlp import SwiGLU
 from losa_runtime.layers.pieces import Piece
 from losa_runtime.layers.router import Router
 
+ExpertKernels = Literal["torch", "native", "triton"]
+
 
 class Experts(nn.Module):
     """All experts of a layer in two tensors, so that one call can compute every token's.
 
     In a checkpoint each expert has three tensors, `{e}.{gate,up,down}_proj.weight`. `row_tile` as in
-    `losa_runtime.layers.linear`.
+    `losa_runtime.layers.linear`; kernels: what computes them, set by `use_kernels`.
     """
 
     row_tile: int | None = None
+    kernels: ExpertKernels = "torch"
 
     def __init__(self, hidden_size: int, experts: ExpertConfig) -> None:
         super().__init__()
@@ -43,8 +49,27 @@ class Experts(nn.Module):
 
     def forward(self, x_TC: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """x [T, C] -> [T, C]; chosen and weight as the router says."""
+        if self.kernels == "native":
+            return native.mix_experts(_library(), x_TC.contiguous(), chosen_TK, weight_TK, self.gate_up, self.down)
+        if self.kernels == "triton":
+            from losa_kernels.triton.experts import mix_experts as mix_on_device  # triton is not everywhere
+
+            about = (chosen_TK, weight_TK, self.gate_up, self.down)
+            return mix_on_device(x_TC.contiguous(), *about, same_bits=self.row_tile is not None)
         product = partial(linear, row_tile=self.row_tile)
         return mix_experts(x_TC, chosen_TK, weight_TK, self.gate_up, self.down, product)
+
+
+@cache
+def _library() -> Kernels:
+    return Kernels()
+
+
+def use_kernels(module: nn.Module, kernels: ExpertKernels) -> None:
+    """Set what computes the experts of `module`, if it has any: the reference, C++ on the CPU, or Triton on a GPU."""
+    for part in module.modules():
+        if isinstance(part, Experts):
+            part.kernels = kernels
 
 
 class SparseMLP(nn.Module):

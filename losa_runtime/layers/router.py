@@ -18,7 +18,7 @@ from losa_runtime.layers.pieces import Piece
 
 def best(score_TE: Tensor, count: int) -> Tensor:
     """int64 [T, count]: the largest of each row, of equal ones the first."""
-    return score_TE.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return score_TE.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
 
 
 def within_groups(score_TE: Tensor, groups: int, kept: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-ABI = 6
+ABI = 7
 LEVELS = ("portable", "avx2", "avx512")
 SHARES = {"max": 0, "mean": 1, "none": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -138,6 +138,19 @@ class CGuided(ctypes.Structure):
     )
 
 
+class CExperts(ctypes.Structure):
+    """LosaExperts."""
+
+    _fields_ = (
+        ("count", c_int64),
+        ("hidden", c_int64),
+        ("width", c_int64),
+        ("dtype", c_int32),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+    )
+
+
 _RUN, _POOL, _GROUP, _QUERY = POINTER(CRun), POINTER(CPool), POINTER(CGroup), POINTER(CQuery)
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "losa_prefix": (_RUN, _POOL, _GROUP, _QUERY, POINTER(CLists), c_void_p, c_void_p, c_void_p, c_int64),
@@ -160,6 +173,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_int32),
         *(c_void_p,) * 3,
     ),
+    "losa_mix_experts": (_RUN, POINTER(CExperts), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p),
     "losa_store": (_RUN, _POOL, c_void_p, c_void_p, c_int32, c_void_p, c_int64),
     "losa_words_new": (_RUN, c_int64, c_void_p, c_char_p, POINTER(c_void_p)),
     "losa_words_free": (c_void_p,),

@@ -2,7 +2,7 @@
 
 A spec calls the very function that the runtime calls, on tensors without memory, and takes what that would launch: so
 what is compiled is what will run. Sizes: 32 query heads, 8 KV heads, head dim 128, bfloat16, pages of 16 tokens, blocks
-of 16 or 32 rows, 32K tokens of context.
+of 16 or 32 rows, 32K tokens of context. Experts as in LLaDA2-mini: 256 of width 512 on 2048 channels, 8 per token.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from losa_kernels.triton import (
     change,
     choose,
     entries,
+    experts,
     fold,
     mass,
     merge,
@@ -172,6 +173,11 @@ def _merge_entries() -> object:
     return entries.merge_entries(floats(*shape, DIM), singles(*shape), planned(16), 16)
 
 
+def _experts(tokens: int) -> object:
+    choice = (integers(tokens, 8), singles(tokens, 8))
+    return experts.mix_experts(floats(tokens, 2048), *choice, floats(256, 1024, 2048), floats(256, 2048, 512))
+
+
 def _mass() -> object:
     return mass.prefix_mass(queries(16), singles(SEGMENTS * 16, HEADS), pages(), segments(16), SCALE)
 
@@ -206,5 +212,9 @@ SPECS: dict[str, Spec] = {
     "store_rows": Spec("_store_kernel", _store, 64),
     "page_bounds": Spec("_summary_kernel", _store, 64),
     "page_bounds_and_moments": Spec("_summary_kernel", lambda: _store(moments=True), 64),
+    "experts_gate_few": Spec("_gate_kernel", lambda: _experts(256), 80, 24 * 1024),
+    "experts_gate_many": Spec("_gate_kernel", lambda: _experts(2048), 160, 56 * 1024),
+    "experts_down_few": Spec("_down_kernel", lambda: _experts(256), 80, 24 * 1024),
+    "experts_down_many": Spec("_down_kernel", lambda: _experts(2048), 216, 40 * 1024),
     "prefix_mass": Spec("_mass_kernel", _mass, 144, 50 * 1024),
 }

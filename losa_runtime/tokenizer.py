@@ -174,6 +174,12 @@ def _without_mask(path: Path, data: dict[str, Any], mask_id: int | None, added: 
         found = fast.token_to_id(unreachable if token_id == mask_id else text)
         if found != token_id:
             raise CheckpointError(f"{path}: added_tokens: {text!r} has id {token_id}, but is loaded as {found}")
+    if mask_id is not None and mask_id not in added:
+        size = fast.get_vocab_size(with_added_tokens=True)
+        raise CheckpointError(
+            f"{path}: found {size} tokens, and none has the mask's id {mask_id}; allowed: a tokenizer with the mask "
+            "among its added tokens, or another mask_token_id (as an option, or in config.json)"
+        )
     return fast
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from losa_runtime import LLM, SamplingParams
-from losa_runtime.attention.registry import BACKENDS
 from losa_runtime.core.architectures import SUPPORTED
 from losa_runtime.core.sampling_params import DiffusionParams
 from losa_runtime.models.random_checkpoint import write_random_checkpoint
 from losa_runtime.sparse.method import METHODS, method_class
 from tests.engine import plain_loop
+from tests.kernels.platforms import INTERPRETED
 from tests.sparse.cases import CASES
 
 BLOCK = 8
-ON_CPU = [name for name in BACKENDS if name != "flashinfer"]
+ON_CPU = ["native", "torch", *INTERPRETED]
 Make = Callable[..., LLM]
 
 

@@ -107,9 +107,9 @@ class SamplingParams(BaseModel):
     """Sampling parameters of one request (SGLang's names and defaults).
 
     temperature 0 means greedy. top_k -1 means all. `max_new_tokens` None means up to the context length; 0 means
-    prefill (and cache) only. regex, json_schema (a JSON text, or the object itself): what the whole output matches,
-    before stop strings cut it; at most one of them. `stop` and `stop_token_ids` accept a single value. Unknown keys
-    are refused here; the HTTP layer drops keys that it does not know before it comes to this.
+    prefill (and cache) only. regex, json_schema (a JSON text, or the object itself): what the whole output matches; at
+    most one of them, and such an output never holds a stop string. `stop` and `stop_token_ids` accept a single value.
+    Unknown keys are refused here; the HTTP layer drops keys that it does not know before it comes to this.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -228,6 +228,9 @@ class SamplingParams(BaseModel):
             raise InvalidRequestValue(
                 "sampling_params.ignore_eos", True, f"false: with `{field}` an output ends itself"
             )
+        if self.no_stop_trim:
+            allowed = f"false: with `{field}` nothing stands behind the match"
+            raise InvalidRequestValue("sampling_params.no_stop_trim", True, allowed)
         if self.min_new_tokens:
             allowed = f"0: with `{field}` the pattern says how long an output is"
             raise InvalidRequestValue("sampling_params.min_new_tokens", self.min_new_tokens, allowed)

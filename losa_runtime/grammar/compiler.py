@@ -23,6 +23,8 @@ START_LIMIT_S = 20.0  # for a worker to come up on a busy machine; a pattern's o
 MEMORY_LIMIT = 1 << 30
 REMEMBERED_BYTES = 64 << 20
 
+Asked = tuple[str, tuple[str, ...]]  # a pattern, and the strings that its matches do not hold
+
 
 class Compiler:
     """A worker process, started when it is first needed, and what it has made. Whoever made it calls `close`."""
@@ -31,19 +33,29 @@ class Compiler:
         self.time_limit_s, self.memory_limit = time_limit_s, memory_limit
         self._lock, self._memory = threading.Lock(), threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
-        self._known: OrderedDict[str, ByteAutomaton] = OrderedDict()
+        self._known: OrderedDict[Asked, ByteAutomaton] = OrderedDict()
         self._known_bytes = 0
 
-    def compile(self, pattern: str, field: str) -> ByteAutomaton:
-        """The automaton of a pattern that has to match the whole output. Raises InvalidRequest naming `field`."""
+    @property
+    def remembered(self) -> tuple[int, int]:
+        """How many automata are remembered, and their bytes."""
+        with self._memory:
+            return len(self._known), self._known_bytes
+
+    def compile(self, pattern: str, field: str, without: tuple[str, ...] = ()) -> ByteAutomaton:
+        """The automaton of a pattern that has to match the whole output, which holds none of the strings `without`.
+
+        Raises InvalidRequest naming `field`.
+        """
         if len(pattern) > MAX_PATTERN:
             raise InvalidRequest(field, f"a pattern of {len(pattern)} characters", f"at most {MAX_PATTERN}")
-        found = self._recall(pattern)
+        asked = (pattern, without)
+        found = self._recall(asked)
         if found is not None:
             return found
         with self._lock:
-            found = self._recall(pattern) or self._compile(pattern, field)
-            self._remember(pattern, found)
+            found = self._recall(asked) or self._compile(asked, field)
+            self._remember(asked, found)
             return found
 
     def close(self) -> None:
@@ -51,12 +63,13 @@ class Compiler:
         with self._lock:
             self._stop()
 
-    def _compile(self, pattern: str, field: str) -> ByteAutomaton:
+    def _compile(self, asked: Asked, field: str) -> ByteAutomaton:
+        pattern, without = asked
         worker = self._running()
         assert worker.stdin is not None and worker.stdout is not None
         deadline = time.monotonic() + self.time_limit_s
         try:
-            worker.stdin.write(json.dumps({"pattern": pattern}).encode() + b"\n")
+            worker.stdin.write(json.dumps({"pattern": pattern, "without": without}).encode() + b"\n")
             worker.stdin.flush()
             head = json.loads(_read_line(worker.stdout, deadline))
             if "error" in head:
@@ -82,7 +95,7 @@ class Compiler:
             self._worker = worker
             deadline = time.monotonic() + START_LIMIT_S
             try:
-                worker.stdin.write(b'{"pattern": "a"}\n')
+                worker.stdin.write(b'{"pattern": "a", "without": []}\n')
                 worker.stdin.flush()
                 _read(worker.stdout, json.loads(_read_line(worker.stdout, deadline))["size"], deadline)
             except (OSError, EOFError, TimeoutError) as error:
@@ -96,17 +109,17 @@ class Compiler:
             self._worker.communicate()
             self._worker = None
 
-    def _recall(self, pattern: str) -> ByteAutomaton | None:
+    def _recall(self, asked: Asked) -> ByteAutomaton | None:
         """What is known already is not kept waiting by what is being compiled."""
         with self._memory:
-            if pattern in self._known:
-                self._known.move_to_end(pattern)
-            return self._known.get(pattern)
+            if asked in self._known:
+                self._known.move_to_end(asked)
+            return self._known.get(asked)
 
-    def _remember(self, pattern: str, made: ByteAutomaton) -> None:
+    def _remember(self, asked: Asked, made: ByteAutomaton) -> None:
         with self._memory:
-            self._known_bytes += made.next_SC.nbytes if pattern not in self._known else 0
-            self._known[pattern] = made
+            self._known_bytes += made.next_SC.nbytes if asked not in self._known else 0
+            self._known[asked] = made
             while self._known_bytes > REMEMBERED_BYTES and len(self._known) > 1:
                 _, oldest = self._known.popitem(last=False)
                 self._known_bytes -= oldest.next_SC.nbytes

@@ -132,7 +132,7 @@ def compile_constraint(params: SamplingParams, compiler: Compiler) -> bytes | No
         return None
     field, given = asked
     pattern = _unanchored(given) if field.endswith("regex") else _pattern_of_schema(given, field)
-    return compiler.compile(pattern, field).to_bytes()
+    return compiler.compile(pattern, field, params.stop).to_bytes()
 
 
 def _unanchored(pattern: str) -> str:

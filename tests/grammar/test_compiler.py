@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import threading
@@ -39,6 +40,22 @@ def test_agrees_with_python() -> None:
         for _ in range(30):
             text = "".join(rng.choice(LETTERS + "\nü𝄞") for _ in range(rng.randint(0, 6)))
             assert accepts(automaton, text) == (re.fullmatch(pattern, text) is not None), (pattern, text)
+
+
+def test_matches_hold_none_of_some_strings() -> None:
+    rng, left = random.Random(1), 0
+    for _ in range(80):
+        pattern = random_pattern(rng)
+        without = ["".join(rng.choice("abcé0") for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(1, 3))]
+        automaton = None
+        with contextlib.suppress(ValueError):  # nothing is left to match
+            automaton = compile_pattern(pattern, without)
+        left += automaton is not None
+        for _ in range(40):
+            text = "".join(rng.choice(LETTERS + "abcé0") for _ in range(rng.randint(0, 6)))
+            wanted = re.fullmatch(pattern, text) is not None and not any(each in text for each in without)
+            assert (automaton is not None and accepts(automaton, text)) == wanted, (pattern, without, text)
+    assert left > 40
 
 
 def test_bytes_left_is_the_shortest_way_out() -> None:
@@ -84,6 +101,13 @@ def test_a_hostile_pattern_is_refused_in_time_and_the_next_one_is_served(compile
         compiler.compile(pattern, "regex")
     assert time.process_time() - began < 1.0  # of this process: the work is another's
     assert accepts(compiler.compile(f"after({len(pattern)})+", "regex"), f"after{len(pattern)}")
+
+
+def test_many_stop_strings_are_refused_in_time_too(compiler: Compiler) -> None:
+    stops = tuple("ab" * 120 + chr(97 + i) for i in range(16))
+    with pytest.raises(InvalidRequest, match=r"that compiles within|at most"):
+        compiler.compile("[ab]{3000}", "regex", stops)
+    assert not accepts(compiler.compile("[ab]+", "regex", ("ba",)), "aba")
 
 
 def test_what_is_known_does_not_wait_for_what_is_hostile() -> None:

@@ -167,6 +167,9 @@ def test_without_the_kernels_the_same_is_written(engine: Engine, monkeypatch: py
         ({"regex": "a", "json_schema": "{}"}, "sampling_params.json_schema"),
         ({"regex": "a", "ignore_eos": True}, "sampling_params.ignore_eos"),
         ({"regex": "a", "min_new_tokens": 2}, "sampling_params.min_new_tokens"),
+        ({"regex": "a", "no_stop_trim": True}, "sampling_params.no_stop_trim"),
+        ({"regex": "a+", "stop": "a"}, "sampling_params.regex"),
+        ({"regex": "[a-z]{3}", "max_new_tokens": 0}, "sampling_params.max_new_tokens"),
         ({"regex": "a", "custom_params": {"grammar_mode": "best"}}, "sampling_params.custom_params.grammar_mode"),
     ],
 )

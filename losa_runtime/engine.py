@@ -321,5 +321,6 @@ class Engine:
             "graph_forwards": 0 if graphs is None else graphs.runs,
             "generated_tokens": self._generated,
             "forward_s": self.parts.runner.forward_s,
+            **self._guides.stats(),
             **self._read.stats(),
         }

@@ -50,11 +50,11 @@ class Compiler:
         if len(pattern) > MAX_PATTERN:
             raise InvalidRequest(field, f"a pattern of {len(pattern)} characters", f"at most {MAX_PATTERN}")
         asked = (pattern, without)
-        found = self._recall(asked)
+        found = self.recall(asked)
         if found is not None:
             return found
         with self._lock:
-            found = self._recall(asked) or self._compile(asked, field)
+            found = self.recall(asked) or self._compile(asked, field)
             self._remember(asked, found)
             return found
 
@@ -109,8 +109,8 @@ class Compiler:
             self._worker.communicate()
             self._worker = None
 
-    def _recall(self, asked: Asked) -> ByteAutomaton | None:
-        """What is known already is not kept waiting by what is being compiled."""
+    def recall(self, asked: Asked) -> ByteAutomaton | None:
+        """What is known already; never waits for what is being compiled."""
         with self._memory:
             if asked in self._known:
                 self._known.move_to_end(asked)

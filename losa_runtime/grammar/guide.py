@@ -122,6 +122,14 @@ def constraint(params: SamplingParams) -> tuple[str, str] | None:
     return None
 
 
+def constraint_pattern(params: SamplingParams) -> str:
+    """The regular expression of the grammar that a request asks for. Raises InvalidRequest naming the field."""
+    asked = constraint(params)
+    assert asked is not None
+    field, given = asked
+    return _unanchored(given) if field.endswith("regex") else _pattern_of_schema(given, field)
+
+
 def compile_constraint(params: SamplingParams, compiler: Compiler) -> bytes | None:
     """The automaton of what a request asks for, for `Guides.make`; None if it asks for nothing. Takes up to seconds.
 
@@ -130,9 +138,7 @@ def compile_constraint(params: SamplingParams, compiler: Compiler) -> bytes | No
     asked = constraint(params)
     if asked is None:
         return None
-    field, given = asked
-    pattern = _unanchored(given) if field.endswith("regex") else _pattern_of_schema(given, field)
-    return compiler.compile(pattern, field, params.stop).to_bytes()
+    return compiler.compile(constraint_pattern(params), asked[0], params.stop).to_bytes()
 
 
 def _unanchored(pattern: str) -> str:

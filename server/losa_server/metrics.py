@@ -170,6 +170,8 @@ class EngineCollector(Collector):
         yield self._counter("losa:engine_restarts", "Engines that had to be replaced", client.restarts)
         dropped = {"server": client.malformed_messages, "engine": report.get("malformed_messages", 0)}
         yield self._by("losa:malformed_messages", "Frames between the processes that were dropped", "at", dropped)
+        held = {"server": self._manager.compiling.stats["pattern_bytes"], "engine": report.get("grammar_bytes", 0)}
+        yield self._by("losa:grammar_bytes", "Remembered grammars", "at", held, GaugeMetricFamily)
         if client.reported_at is None:
             return
         yield self._gauge("losa:engine_report_age_seconds", "Age", time.monotonic() - client.reported_at)
@@ -209,8 +211,15 @@ class EngineCollector(Collector):
             yield self._counter("losa:kv_pages_loaded", "Pages' worth of K/V read by denoising steps", read / size)
             yield self._counter("losa:kv_pages_skipped", "Pages' worth that they did not read", skipped / size)
 
-    def _by(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
-        family = CounterMetricFamily(name, text, labels=[LABEL, label])
+    def _by(
+        self,
+        name: str,
+        text: str,
+        label: str,
+        values: Mapping[str, float],
+        kind: type[CounterMetricFamily | GaugeMetricFamily] = CounterMetricFamily,
+    ) -> Metric:
+        family = kind(name, text, labels=[LABEL, label])
         for value, count in values.items():
             family.add_metric([self._model_name, value], count)
         return family

@@ -17,9 +17,8 @@ from typing import Any, Protocol
 from losa_runtime.core.errors import InvalidRequest
 from losa_runtime.core.request import Request, ScoreSpec
 from losa_runtime.core.sampling_params import SamplingParams
-from losa_runtime.grammar.compiler import Compiler
-from losa_runtime.grammar.guide import compile_constraint, constraint
 from losa_server.answer import Answer
+from losa_server.compiling import Compiling
 from losa_server.engine_client import EngineClient
 from losa_server.errors import RequestFailed
 from losa_server.mailbox import Mailbox
@@ -182,7 +181,7 @@ class RequestManager:
         self.created = int(time.time())
         self.watchers: list[Watcher] = []
         self._live: dict[str, Generation] = {}
-        self._compiler = Compiler()
+        self.compiling = Compiling()
 
     @property
     def info(self) -> dict[str, Any]:
@@ -221,7 +220,7 @@ class RequestManager:
                 known[ask.prompt] = tuple(await self.encode(ask.prompt, ask.field))
         ids = [known[ask.prompt] if isinstance(ask.prompt, str) else ask.prompt for ask in asks]
         self._check_sizes(asks, ids)
-        compiled = [await self._compiled(ask.sampling) for ask in asks]
+        compiled = [await self.compiling.automaton(ask.sampling) for ask in asks]
         requests = [_request(*each, visit) for each in zip(asks, ids, compiled, strict=True)]
         mailboxes = self.client.submit(requests)
         generations = [
@@ -242,12 +241,6 @@ class RequestManager:
         if scored > limit:
             allowed = f"a start that leaves at most {limit} in one call (--max-score-tokens)"
             raise InvalidRequest("logprob_start_len", f"{scored} prompt tokens to score", allowed)
-
-    async def _compiled(self, sampling: SamplingParams) -> bytes | None:
-        """The automaton of a constraint, made here and not in the engine, which would let everybody wait."""
-        if constraint(sampling) is None:
-            return None
-        return await asyncio.to_thread(compile_constraint, sampling, self._compiler)
 
     def close_all(self, generations: Sequence[Generation]) -> None:
         """Close; see Generation.close. Idempotent."""

@@ -28,7 +28,7 @@ NAMES = {
     "losa:active_share_count", "losa:kv_density_count", "losa:kv_pages_loaded_total", "losa:kv_pages_skipped_total",
     "losa:rows_total", "losa:forwards_total", "losa:evicted_pages_total", "losa:engine_up",
     "losa:engine_report_age_seconds", "losa:num_failed_requests_total", "losa:http_responses_total",
-    "losa:denoise_steps_total", "losa:live_requests", "losa:malformed_messages_total",
+    "losa:denoise_steps_total", "losa:live_requests", "losa:malformed_messages_total", "losa:grammar_bytes",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ The short part checks the way of a request once; the slow part is the whole clie
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -225,6 +226,33 @@ class TestWholeSuite:
         )
         assert cut["text"] == whole["text"][: whole["text"].index(stop)]
         assert cut["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+
+    def test_hostile_patterns_hold_up_nobody(self, real: ServerProcess, http: httpx.Client) -> None:
+        hostile = ["((a{1,100}){1,100}){1,100}", "a{1,1000000}", r"(\w{1,99}){1,99}"]
+        known = {"regex": "[a-z]{3}", "max_new_tokens": 4}
+        generate(http, text="a", sampling_params=known)
+        order: list[str] = []
+
+        def attack(pattern: str) -> httpx.Response:
+            reply = httpx.post(
+                f"{real.url}/generate", json={"text": "a", "sampling_params": {"regex": pattern}}, timeout=60
+            )
+            order.append("hostile")
+            return reply
+
+        with ThreadPoolExecutor(len(hostile)) as threads:
+            replies = [threads.submit(attack, pattern) for pattern in hostile]
+            while not all(reply.done() for reply in replies):
+                generate(http, text="a", sampling_params={"max_new_tokens": 4})
+                assert re.fullmatch("[a-z]{3}", generate(http, text="a", sampling_params=known)["text"])
+                order.append("good")
+        assert order.index("good") < len(order) - 1 - order[::-1].index("hostile")
+        for reply in replies:
+            assert reply.result().status_code == 400
+            assert reply.result().json()["error"]["param"] == "sampling_params.regex"
+        state = http.get("/server_info").json()["internal_states"][0]
+        assert state["patterns"] >= 1 and state["grammars"] >= 1
+        assert state["pattern_bytes"] > 0 and state["grammar_bytes"] > 0
 
     def test_over_long_prompts(self, http: httpx.Client) -> None:
         for stream_it in (False, True):

@@ -85,6 +85,7 @@ async def server_info(request: Request) -> Response:
     state: dict[str, Any] = {
         **await client.stats(STATS_TIMEOUT_S),
         "live_requests": manager.live,
+        **manager.compiling.stats,
         "http_rss_bytes": psutil.Process().memory_info().rss,
         "malformed_messages": client.malformed_messages,
         "late_outputs": client.unknown_outputs,

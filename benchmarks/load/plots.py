@@ -58,7 +58,7 @@ def growth(rows: Sequence[Row], path: Path) -> None:
         _memory(bottom, {value: row_mib(pair["losa"], "kv_bytes_held") for value, pair in points.items()})
         for panel in (top, bottom):
             panel.set_xscale("log", base=2)
-            panel.set_xticks(list(points), [_short(value) for value in points])
+            panel.set_xticks(list(points), [_short(value) for value in points], fontsize=7)
             panel.grid(alpha=0.25)
             panel.legend(fontsize=7, frameon=False)
         top.set_title(_title(rows, axis), fontsize=8)

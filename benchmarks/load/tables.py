@@ -17,7 +17,17 @@ SPEED = "tokens_per_cpu_s"
 
 def workloads(rows: Sequence[Row], console: Console) -> None:
     """One line per workload and method."""
-    names = ("tokens/s", "requests/s", "first block p50", "p95", "block p50", "request p50", "p99", "tokens/forward")
+    names = (
+        "tokens/s",
+        "per CPU s",
+        "requests/s",
+        "first block p50",
+        "p95",
+        "block p50",
+        "request p50",
+        "p99",
+        "tokens/forward",
+    )
     table = Table("workload", "method", *names, "from cache", "KV density", "host", "goodput", title="under load (ms)")
     for column in table.columns[2:]:
         column.justify = "right"
@@ -27,6 +37,7 @@ def workloads(rows: Sequence[Row], console: Console) -> None:
             row["name"],
             row["method"],
             _number(row["output_throughput"], 0),
+            _number(row[SPEED], 0),
             _number(row["request_throughput"], 1),
             *(_number(row[name], 0) for name in times),
             _number(row["tokens_per_forward"], 1),

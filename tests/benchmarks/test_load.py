@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.load import plots, tables
-from benchmarks.load.__main__ import CHECKPOINT, main, read, write
+from benchmarks.load.__main__ import CHECKPOINT, FILES, RESULTS, main, read, write
 from benchmarks.load.bench import CallsFailed, run
 from benchmarks.load.cells import AXES, BASE, Cell, Stand, growth, workloads
 from benchmarks.load.prose import Prose
@@ -135,6 +136,13 @@ def test_growth_has_servers_of_its_own(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_nothing_to_report_on_is_said(tmp_path: Path) -> None:
     assert main(["growth", "--report-only", "--folder", str(tmp_path)]) == 1
+
+
+def test_the_recorded_rows_can_be_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in FILES.values():
+        (tmp_path / name).write_bytes((RESULTS / name).read_bytes())
+    assert main(["--report-only", "--folder", str(tmp_path)]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"host_share_at_32", "losa_over_dense"}
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         servers = [server_peer(text, args.server_fields, args.server_key) for text in args.server]
     except ValueError as error:
         parser.error(f"--server: {error}")
+    if args.cpu_time and (args.threads != 1 or servers):
+        parser.error("--cpu-time: allowed with --threads 1 and no --server, so that all work is on this thread")
     torch.set_num_threads(args.threads)
     console = Console(stderr=True, width=max(120, Console(stderr=True).width))
     facts, tokenizer = facts_of(args.model)
@@ -57,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             peers = _peers(args, facts, prompts, task, servers)
             for peer in peers:
                 stack.callback(peer.close)
-            race = Race(peers, prompts, task, tokenizer.decode, args.sample)
+            clock = time.process_time if args.cpu_time else time.perf_counter
+            race = Race(peers, prompts, task, tokenizer.decode, args.sample, clock)
             race.prove(status.update)
             exact = ", ".join(peer.name for peer in peers if peer.exact)
             console.print(f"the same tokens from: {exact}; equal shares of the others below")
@@ -99,6 +103,7 @@ def _row(args: argparse.Namespace, facts: Facts, race: Race, runs: list[Run]) ->
         "model": facts.folder.name if facts.folder != CHECKPOINT else "bundled",
         "steps": race.task.steps,
         "stops": args.stops,
+        "clock": "processor" if args.cpu_time else "wall",
         "tokens_per_s": {peer: _rounded(by) for peer, by in found.items()},
         "equal_answers": {peer: round(share, 3) for peer, share in race.equal.items()},
         "warm_between_runs": [peer.name for peer in race.peers if not peer.cold],
@@ -160,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--server-key", metavar="KEY", help="sent to servers as a bearer token")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of everyone")
     parser.add_argument("--sample", type=int, default=4, help="most prompts over which the batch-1 loop is timed")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="the processor's seconds: with one thread, whatever else runs"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of torch, for all in this process")
     parser.add_argument(
         "--results", type=Path, help="also add the row, with machine, versions and commit, to this file"

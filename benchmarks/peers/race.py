@@ -44,9 +44,10 @@ class Race:
         task: Task,
         text_of: Callable[[Sequence[int]], str],
         sample: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.peers, self.prompts, self.task, self.sample = peers, prompts, task, sample
-        self._text_of = text_of
+        self._text_of, self._clock = text_of, clock
         self.reference: list[Answer] = []
         self.equal: dict[str, float] = {}  # share of answers that are the reference's
 
@@ -74,9 +75,9 @@ class Race:
         prompts = self.prompts[: min(count, self.sample) if peer.alone else count]
         peer.reset()
         load = os.getloadavg()[0]
-        began = time.perf_counter()
+        began = self._clock()
         found = peer.answer(prompts, self.task)
-        seconds = time.perf_counter() - began
+        seconds = self._clock() - began
         self._check(peer, found)
         return Run(peer.name, count, seconds, sum(answer.tokens for answer in found), load)
 

@@ -206,6 +206,7 @@ def test_servers_take_part_by_url(
         (["--server", "sglang=localhost"], "an http URL"),
         (["--server", "sglang=http://x", "--server-fields", "[1]"], "found '[1]', allowed: a JSON object"),
         (["--server", "sglang=http://x", "--server-fields", "{"], "Expecting"),
+        (["--cpu-time"], "--cpu-time: allowed with --threads 1 and no --server"),
         (["--document", "500"], "allowed: 512 of this model"),
     ],
 )

@@ -101,7 +101,7 @@ def memory(count: int = 50_000, at_once: int = 16) -> list[Figure]:
             Figure("answers with another status than expected", len(crowd.wrong), 0),
             Figure("HTTP process, per 1,000 calls_kib", growth(front), 20),
             Figure("HTTP process, at the end_kib", front[-1]),
-            Figure("engine, per 1,000 calls_kib", growth(engine), 20),
+            Figure("engine, per 1,000 calls_kib", growth(engine), 100),
             Figure("engine, at the end_kib", engine[-1]),
             Figure("requests left behind", state["live_requests"], 0),
         ]

@@ -83,7 +83,7 @@ soak: setup ## thousands of requests and hostile messages on end, and bugs plant
 	$(BIN)/python -m pytest -m soak -s --record $(DRILL_RESULTS)
 	$(BIN)/python -m tests.mutants --record $(DRILL_RESULTS)
 
-drills: setup ## processes killed, stopped and told to end, too many clients; figures against goals (three minutes)
+drills: setup ## processes killed, stopped and told to end, too many clients; figures against goals (ten minutes)
 	$(BIN)/python -m benchmarks.drills --record $(DRILL_RESULTS)
 
 bench: setup ## measure again what the README shows, ten minutes at most on two cores (pictures of quality: from its rows)

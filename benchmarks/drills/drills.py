@@ -124,7 +124,7 @@ def kill_http_of_stopped_engine() -> list[Figure]:
 
 def drain() -> list[Figure]:
     """SIGTERM with 32 requests on their way, every second one a stream, and others that keep coming."""
-    body = {"text": PROMPT, "sampling_params": {"temperature": 0, "max_new_tokens": 128, "ignore_eos": True}}
+    body = {"text": PROMPT, "sampling_params": {"temperature": 0, "max_new_tokens": 96, "ignore_eos": True}}
     with DrillServer(MODEL, "--drain-timeout", "240") as server:
         clients = Clients(server.url, MANY, body)
         # Endings are counted first: one that ends in between is then missing, not counted twice.

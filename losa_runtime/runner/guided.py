@@ -4,7 +4,9 @@ Two modes, both exact: whatever is accepted in a step leaves a way to an output 
 *map*: the most probable usable path through the whole block (drawn instead, with temperature) gives every hole its
 candidate; all candidates fit together, so any of them may be accepted. *valid*: every hole has its own best (or drawn)
 token among those that some usable path has there; accepted ones are settled one after the other, the surest first, and
-one that an earlier one has ruled out is chosen again.
+one that an earlier one has ruled out is chosen again. Which is better, and why *map* is the default, was measured
+(benchmarks/LOG.md): a path weighs a block as a whole and leans towards short outputs, as what is not written costs
+nothing; with few fixed greedy steps the holes' own tokens are the better ones.
 
 Confidence is the model's probability among the tokens that are allowed at a hole, so that what is forced is sure.
 Behind the end of an output nothing is asked any more, and such holes come last. The log-probability that is reported is

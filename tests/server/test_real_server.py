@@ -227,29 +227,49 @@ class TestWholeSuite:
         assert cut["text"] == whole["text"][: whole["text"].index(stop)]
         assert cut["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
 
+    def test_constrained_samples_and_streams(self, http: httpx.Client) -> None:
+        pattern = "(?:[a-z]{2,9} ){2,5}[0-9]{2}"
+        form = {"regex": pattern, "max_new_tokens": 60, "temperature": 1.0, "sampling_seed": 3}
+        samples = generate(http, text=TEXT, sampling_params=form | {"n": 3})
+        assert len({sample["text"] for sample in samples}) == 3
+        assert all(re.fullmatch(pattern, sample["text"]) for sample in samples)
+        [*_, last] = stream(http, text=TEXT, sampling_params=form)
+        assert last["text"] == generate(http, text=TEXT, sampling_params=form)["text"]
+        assert re.fullmatch(pattern, last["text"])
+        schema = json.dumps({"type": "object", "properties": {"a": {"enum": list(range(3000))}}, "required": ["a"]})
+        answer = generate(http, text=TEXT, sampling_params={"json_schema": schema, "max_new_tokens": 20})
+        assert json.loads(answer["text"])["a"] in range(3000)
+
     def test_hostile_patterns_hold_up_nobody(self, real: ServerProcess, http: httpx.Client) -> None:
-        hostile = ["((a{1,100}){1,100}){1,100}", "a{1,1000000}", r"(\w{1,99}){1,99}"]
+        hostile: list[dict[str, Any]] = [
+            {"regex": "((a{1,100}){1,100}){1,100}"},
+            {"regex": "a{1,1000000}"},
+            {"regex": r"(\w{1,99}){1,99}"},
+            {"regex": "(" * 5000 + "a" + ")" * 5000},
+            {"regex": "a", "stop": ["a"]},
+            {"json_schema": json.dumps({"$ref": "#"})},
+            {"json_schema": json.dumps({"enum": [str(i) * 20 for i in range(20000)]})},
+            {"json_schema": '{"items": ' * 5000 + "{}" + "}" * 5000},
+        ]
         known = {"regex": "[a-z]{3}", "max_new_tokens": 4}
         generate(http, text="a", sampling_params=known)
         order: list[str] = []
 
-        def attack(pattern: str) -> httpx.Response:
-            reply = httpx.post(
-                f"{real.url}/generate", json={"text": "a", "sampling_params": {"regex": pattern}}, timeout=60
-            )
+        def attack(asked: dict[str, Any]) -> httpx.Response:
+            reply = httpx.post(f"{real.url}/generate", json={"text": "a", "sampling_params": asked}, timeout=60)
             order.append("hostile")
             return reply
 
-        with ThreadPoolExecutor(len(hostile)) as threads:
-            replies = [threads.submit(attack, pattern) for pattern in hostile]
+        with ThreadPoolExecutor(4) as threads:  # as many new patterns as are let in
+            replies = [threads.submit(attack, asked) for asked in hostile]
             while not all(reply.done() for reply in replies):
                 generate(http, text="a", sampling_params={"max_new_tokens": 4})
                 assert re.fullmatch("[a-z]{3}", generate(http, text="a", sampling_params=known)["text"])
                 order.append("good")
         assert order.index("good") < len(order) - 1 - order[::-1].index("hostile")
-        for reply in replies:
-            assert reply.result().status_code == 400
-            assert reply.result().json()["error"]["param"] == "sampling_params.regex"
+        for reply, asked in zip(replies, hostile, strict=True):
+            assert reply.result().status_code == 400, (asked, reply.result().text)
+            assert reply.result().json()["error"]["param"].startswith(f"sampling_params.{next(iter(asked))}")
         state = http.get("/server_info").json()["internal_states"][0]
         assert state["patterns"] >= 1 and state["grammars"] >= 1
         assert state["pattern_bytes"] > 0 and state["grammar_bytes"] > 0

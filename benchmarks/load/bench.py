@@ -22,7 +22,7 @@ from losa_server.bench.measure import details
 from losa_server.bench.run import measure
 from losa_server.bench.running_server import RunningServer
 
-TIMES = ("latencies", "ttfts")  # per request, for the plots
+TIMES = ("latencies", "ttfts")  # per request that was answered to its end, for the plots
 
 
 class CallsFailed(LosaError):
@@ -68,7 +68,8 @@ def _measured(url: str, cell: Cell, source: Prose) -> dict[str, Any]:
     busy = os.getloadavg()[0]
     began = time.time()
     found, records = _answered(cell, asyncio.run(measure(url, None, cell.settings, lambda: None, source)))
-    times = {name: values for name, values in details(records).items() if name in TIMES}
+    about = details([record for record in records if record.completed])
+    times = {name: about[name] for name in TIMES}
     return {**found, **times, "model_path": "bundled", "load_average": round(busy, 2), "measured_at": round(began)}
 
 

@@ -153,8 +153,11 @@ def test_a_real_run(tiny_checkpoint: Path) -> None:
         Cell({"name": method}, base.model_copy(update={"request_methods": (method,)}), primed=True)
         for method in ("dense", "losa:32")
     ]
-    rows = list(run(str(tiny_checkpoint), [Stand(("--max-total-tokens", "4096"), tuple(cells))], QUIET))
+    cells.append(Cell({"name": "left"}, base.model_copy(update={"abort_share": 1.0, "random_output_len": 160})))
+    *rows, left = run(str(tiny_checkpoint), [Stand(("--max-total-tokens", "4096"), tuple(cells))], QUIET)
     assert [row["name"] for row in rows] == ["dense", "losa:32"]
+    assert len(left["latencies"]) == left["completed"] < 3
+    assert all(len(row["latencies"]) == len(row["ttfts"]) == 3 for row in rows)
     for found in rows:
         assert (found["completed"], found["total_output_tokens"]) == (3, 48)
         assert 0 < found["host_share"] < 1 and found["kv_bytes_held"] > 0 and found["commit"]

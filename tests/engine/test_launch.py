@@ -5,7 +5,6 @@ with requests. On the device `meta`, whose tensors have no values to ask for; ke
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,10 @@ from losa_runtime.attention.questions import PrefixPlan, PrefixState, RowGroup
 from losa_runtime.attention.triton_backend import TritonBackend
 from losa_runtime.cache.kv_pool import KVPool
 from losa_runtime.core.batch import ForwardMode, SparseParams
-from losa_runtime.core.model_config import ModelConfig
 from losa_runtime.core.work import Round, WorkItem
+from losa_runtime.layers.mixture import use_kernels
 from losa_runtime.models.model import BlockDiffusionModel, empty_model
+from losa_runtime.models.random_checkpoint import write_random_checkpoint
 from losa_runtime.runner.model_runner import ModelRunner
 from losa_runtime.runner.unmask import Unmasker
 from losa_runtime.sparse.memory import Geometry
@@ -32,9 +32,12 @@ from tests.sparse.stage import params
 META, PAGE, SLOTS, PREFIX = torch.device("meta"), 16, 8, 64
 
 
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> BlockDiffusionModel:
-    return empty_model(ModelConfig.from_folder(tiny_checkpoint)).to(META).requires_grad_(False)
+@pytest.fixture(scope="module", params=["SDARForCausalLM", "LLaDA2MoeModelLM"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BlockDiffusionModel:
+    """One without experts and one with them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = write_random_checkpoint(folder, architecture=request.param)
+    return empty_model(config).to(META).requires_grad_(False)
 
 
 @pytest.fixture
@@ -44,6 +47,7 @@ def runner(model: BlockDiffusionModel) -> ModelRunner:
     pool = KVPool(*sizes, torch.float32, META, declared_summaries())
     geometry = Geometry(c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, c.block_length, PAGE, SLOTS, 1024, META)
     backend = TritonBackend(pool, c.num_heads, context_length=1024)
+    use_kernels(model, backend.kernels)
     unmasker = Unmasker(model, c.mask_token_id, c.vocab_size, c.block_length)
     return ModelRunner(model, backend, make_methods(geometry), unmasker, META)
 
@@ -93,6 +97,8 @@ def test_nothing_is_asked_of_the_device(runner: ModelRunner, method: str) -> Non
         item(model, ForwardMode.OPEN, 1, sparse),
     )
     names = Counter(one.kernel.__name__ for one in both)
+    experts = model.config.experts
+    assert names["_gate_kernel"] == names["_down_kernel"] == (0 if experts is None else 1)
     assert names["_store_kernel"] == names["_prefill_kernel"] == names["_block_kernel"] == model.config.num_layers
 
 

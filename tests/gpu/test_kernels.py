@@ -18,6 +18,7 @@ from losa_kernels.triton.active import active_rows, plan_rows
 from losa_kernels.triton.block import Fresh, Kept, attend_block, finish_block
 from losa_kernels.triton.change import keep_changed, query_change
 from losa_kernels.triton.choose import page_bars
+from losa_kernels.triton.experts import mix_experts
 from losa_kernels.triton.fold import fold_queries
 from losa_kernels.triton.layout import Pages, Parts, Planned
 from losa_kernels.triton.mass import prefix_mass
@@ -27,6 +28,7 @@ from losa_kernels.triton.prefix import attend_prefix
 from losa_kernels.triton.scores import page_scores
 from losa_kernels.triton.store import store_rows
 from losa_kernels.triton.unite import page_lists
+from tests.kernels.experts import Mixture, make_mixture
 from tests.kernels.interpreter import DEVICE
 from tests.kernels.triton_world import World, found_lists, lists_of, make_world, plan
 
@@ -231,3 +233,15 @@ def test_rows_and_summaries_are_stored() -> None:
     assert pages.bounds is not None and torch.equal(pages.bounds[touched], paging.key_bounds(k[touched], counts))
     assert pages.moments is not None
     torch.testing.assert_close(pages.moments[touched], paging.key_moments(k[touched], counts), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("tokens", [3, 256, 2048])
+def test_experts(tokens: int, crowded: bool) -> None:
+    """A few, some and many tokens for each; what lies between two products is rounded to 8 bits."""
+    made = make_mixture(tokens, experts=64, per_token=8, hidden=512, width=256, dtype=DTYPE, crowded=crowded)
+    mixture = Mixture(*(x.to(DEVICE) for x in made))
+    found, exact = mix_experts(*mixture), mixture.exact
+    assert (found.double() - exact).abs().max() < 1e-2 * exact.abs().max()
+    some = mix_experts(*mixture.tokens(torch.arange(3, device=DEVICE)), same_bits=True)
+    assert torch.equal(some, mix_experts(*mixture, same_bits=True)[:3])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 CACHE, SCHEDULER, SERVER = "losa_runtime/cache/", "losa_runtime/scheduler/", "server/losa_server/"
 PREFIX, SCHEDULING = "tests/cache/test_prefix_cache.py", "tests/scheduler/test_scheduler.py"
+SHIFTED = "tests/scheduler/test_shifted_logits.py"
 
 
 class Mutant(NamedTuple):
@@ -288,5 +289,40 @@ MUTANTS = (
         "return self.waiting + self._sent - self._received",
         "return self.waiting",
         "tests/server/test_vigil.py",
+    ),
+    Mutant(
+        "a prompt that the cache has as a whole leaves the next token without logits",
+        SCHEDULER + "scheduler.py",
+        "needed = self.limits.shifted_logits and",
+        "needed = not self.limits.shifted_logits and",
+        SHIFTED,
+    ),
+    Mutant(
+        "a first token ends a request before its scores are there",
+        SCHEDULER + "scheduler.py",
+        "r.first is not None and r.block is None and not r.unscored",
+        "r.first is not None and r.block is None",
+        SHIFTED,
+    ),
+    Mutant(
+        "the row before a candidate does not speak for it",
+        "losa_runtime/runner/unmask.py",
+        "for s in chunk]) - shift",
+        "for s in chunk])",
+        "tests/engine/test_shifted_logits.py",
+    ),
+    Mutant(
+        "an expert's weight has the bias of the choice",
+        "losa_runtime/layers/router.py",
+        "weight_TK = score_TE.gather(-1, chosen_TK)",
+        "weight_TK = choice_TE.gather(-1, chosen_TK)",
+        "tests/models/test_families.py",
+    ),
+    Mutant(
+        "groups of experts are as good as their best one",
+        "losa_runtime/layers/router.py",
+        "group_TN = score_TNE.topk(2, dim=-1).values.sum(-1)",
+        "group_TN = score_TNE.topk(1, dim=-1).values.sum(-1)",
+        "tests/models/test_families.py",
     ),
 )

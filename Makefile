@@ -86,7 +86,7 @@ soak: setup ## thousands of requests and hostile messages on end, and bugs plant
 drills: setup ## processes killed, stopped and told to end, too many clients; figures against goals (ten minutes)
 	$(BIN)/python -m benchmarks.drills --record $(DRILL_RESULTS)
 
-bench: setup ## measure again what the README shows, ten minutes at most on two cores (pictures of quality: from its rows)
+bench: setup ## measure again what the README shows, some ten minutes on two quiet cores (pictures of quality: from its rows)
 	$(BIN)/python -m benchmarks.load
 	$(BIN)/python -m benchmarks.offline
 	$(BIN)/python -m benchmarks.attention

@@ -123,6 +123,9 @@ class Parts(NamedTuple):
             "denoising_steps": config.denoising_steps or model.block_length,
             "threshold": config.threshold,
             "entropy_bound": config.entropy_bound,
+            "edit_threshold": config.edit_threshold,
+            "post_edit_steps": config.post_edit_steps,
+            "neighbour_penalty": config.neighbour_penalty,
             "version": losa_runtime.__version__,
             "torch_version": torch.__version__,
         }

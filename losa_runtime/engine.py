@@ -23,7 +23,8 @@ from losa_runtime.core.errors import EngineBroken, InvalidRequest
 from losa_runtime.core.request import Request, RequestOutput
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.core.work import Round, RowContext, WorkItem
-from losa_runtime.decoding.penalties import check_logit_bias
+from losa_runtime.decoding.penalties import check_logit_bias, counts_tokens
+from losa_runtime.decoding.registry import load_algorithm
 from losa_runtime.decoding.registry import resolve as resolve_decoding
 from losa_runtime.grammar.guide import Guides
 from losa_runtime.runner.model_runner import Launched
@@ -252,6 +253,11 @@ class Engine:
             raise InvalidRequest("sampling_params.stop_token_ids", "the whole vocabulary", "fewer tokens")
         sparse = resolve_sparse(params.custom_params, self.config, self.parts.geometry)
         decoding = resolve_decoding(params.custom_params, self.config, self.parts.model_config.block_length)
+        guide = self._guides.make(params, ends, most, request.compiled)
+        edits = load_algorithm(decoding.algorithm).edits and guide is None
+        if edits and counts_tokens(params):
+            allowed = "another one beside penalties: a token that may be replaced would count against itself"
+            raise InvalidRequest("custom_params.algorithm", decoding.algorithm, allowed)
         return ReqSettings(
             seed=self._seed(request, params),
             limit=len(request.prompt_ids) + most,
@@ -261,7 +267,8 @@ class Engine:
             sparse=sparse,
             decoding=decoding,
             text=TextStream(Detokenizer(tokenizer, params.skip_special_tokens), params.stop, params.no_stop_trim),
-            guide=self._guides.make(params, ends, most, request.compiled),
+            guide=guide,
+            edits=edits,
             sparse_from=self.parts.least_prefix.of(sparse, decoding),
             dense=self.parts.least_prefix.dense,
         )

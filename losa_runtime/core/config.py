@@ -131,6 +131,15 @@ class EngineConfig(BaseModel):
     entropy_bound: float = option(
         0.1, DECODING, "nats that tokens accepted together by entropy_bounded may have in sum", ge=0.0, le=1e6
     )
+    edit_threshold: float = option(
+        0.9, DECODING, "confidence above which joint_threshold replaces a token", ge=0.0, le=1.0
+    )
+    post_edit_steps: int = option(
+        16, DECODING, "most steps of joint_threshold that begin without a mask", ge=0, le=1024
+    )
+    neighbour_penalty: float = option(
+        0.0, DECODING, "joint_threshold: taken off the logit of the token on the left", ge=0.0, le=1e4
+    )
     denoising_steps: int | None = option(None, DECODING, "planned steps per block (default: the block length)", gt=0)
 
     debug_poison_pages: bool = option(

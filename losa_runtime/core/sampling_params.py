@@ -53,8 +53,11 @@ class DiffusionParams(BaseModel):
     algorithm: registry name of the decoding algorithm.
     threshold: confidence above which the dynamic algorithm accepts a token.
     entropy_bound: nats of entropy that tokens accepted together may have in sum, for the entropy-bounded algorithm.
-    preset: a name for values of these three and of denoising_steps, as another engine has them; what is said beside it
-    counts more. See `decoding.presets`.
+    edit_threshold: confidence above which joint_threshold replaces a token that it has accepted.
+    post_edit_steps: most steps of a block that begin without a mask, for the same.
+    neighbour_penalty: taken off the logit of the token on the left, for the same.
+    preset: a name for values of these, as another engine has them; what is said beside it counts more. See
+    `decoding.presets`.
     denoising_steps: planned denoising steps per block (1 .. block length).
     grammar_mode: how a block is filled under `regex` or `json_schema`: along the most probable path ("map", the
     default: as good or better with the dynamic algorithm and with temperature, and cheaper), or hole by hole ("valid":
@@ -72,11 +75,17 @@ class DiffusionParams(BaseModel):
     algorithm: str | None = None
     threshold: float | None = Field(default=None, ge=0.0, le=1.0)
     entropy_bound: float | None = Field(default=None, ge=0.0, le=1e6)
+    edit_threshold: float | None = Field(default=None, ge=0.0, le=1.0)
+    post_edit_steps: int | None = Field(default=None, ge=0, le=1024)
+    neighbour_penalty: float | None = Field(default=None, ge=0.0, le=1e4)
     preset: str | None = None
     denoising_steps: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     grammar_mode: Literal["map", "valid"] | None = None
 
-    @field_validator("active_ratio", "active_tau", "threshold", "entropy_bound", mode="before")
+    @field_validator(
+        *("active_ratio", "active_tau", "threshold", "entropy_bound", "edit_threshold", "neighbour_penalty"),
+        mode="before",
+    )
     @classmethod
     def _whole_numbers_are_floats(cls, value: object) -> object:
         return _as_float(value)

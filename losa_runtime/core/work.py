@@ -46,7 +46,8 @@ class WorkItem(NamedTuple):
 
     tokens: [n] as the model sees them (MASK where masked). start: position of the first, = committed tokens before it.
     pages: page table of the request, a view, covering what the segment reads and writes. For block segments:
-    candidates: offsets that may be unmasked (for SCORE: the one scored offset); target: the scored token; unmasked:
+    candidates: offsets that may be unmasked or, if the algorithm edits, replaced (for SCORE: the one scored offset);
+    post_steps: steps of this block before this one that began without a mask; target: the scored token; unmasked:
     tokens accepted in this block before this step. With shifted logits a store segment may have a candidate, too: the
     offset behind its rows, that is the next block's first; and a scored offset may lie there.
     """
@@ -64,6 +65,7 @@ class WorkItem(NamedTuple):
     decoding: DecodingParams | None = None
     context: RowContext | None = None
     unmasked: int = 0
+    post_steps: int = 0
 
 
 class Round(NamedTuple):
@@ -92,7 +94,8 @@ class BlockResult(NamedTuple):
     """The outcome of one segment. offsets: accepted candidates; tokens, logprobs: theirs; for SCORE: the score of the
     one candidate; empty for a store segment without a candidate. cost: of a denoising step, else None. error: why the
     segment has no usable result (logits, or K/V that were stored, are not numbers); offsets, tokens and logprobs are
-    then empty. alternatives: one beside each logprob, where the request wants them."""
+    then empty. alternatives: one beside each logprob, where the request wants them. finished: the block needs no
+    further step; read where its algorithm edits."""
 
     offsets: Ids
     tokens: Ids
@@ -100,6 +103,7 @@ class BlockResult(NamedTuple):
     cost: SegmentCost | None = None
     error: str | None = None
     alternatives: tuple[Alternatives, ...] | None = None
+    finished: bool = False
 
 
 def nothing(error: str | None = None) -> BlockResult:

@@ -20,13 +20,16 @@ from torch import Tensor
 
 
 class Candidates(NamedTuple):
-    """One sampled token for every masked position of S blocks; the rows of block s are indptr_S[s] .. indptr_S[s + 1].
+    """One sampled token for every open position of S blocks; the rows of block s are indptr_S[s] .. indptr_S[s + 1].
+    Open are masks and, for an algorithm that edits, the tokens accepted before.
 
     token_R: int64. confidence_R: float32, see `sampling`. offset_R: int64, position in the block, 0 .. B - 1, each
     once per block. indptr_S: int64 [S + 1], from 0 to R. step_index_S: int64, 0 for a block's first step.
     num_steps_S: int64, planned steps (T), 1 .. B. threshold_S, entropy_bound_S: float64.
+    current_R: int64, what stands there now, masked_R: bool, whether it is a mask. edit_threshold_S: float64,
+    post_edit_steps_S: int64, post_steps_S: int64, steps before this one that began without a mask.
     There if they are needed: entropy_R, margin_R: float32, see `sampling`; order_R: float64 in [0, 1), drawn at random.
-    Known tokens of a block (the tail of a prompt, tokens accepted before) are not among the rows.
+    Known tokens of a block (the tail of a prompt) are never among the rows.
     """
 
     token_R: Tensor
@@ -37,6 +40,11 @@ class Candidates(NamedTuple):
     num_steps_S: Tensor
     threshold_S: Tensor
     entropy_bound_S: Tensor
+    current_R: Tensor
+    masked_R: Tensor
+    edit_threshold_S: Tensor
+    post_edit_steps_S: Tensor
+    post_steps_S: Tensor
     block_length: int
     entropy_R: Tensor | None = None
     margin_R: Tensor | None = None
@@ -51,7 +59,7 @@ class Candidates(NamedTuple):
 
 
 Need = Literal["entropy_R", "margin_R", "order_R"]
-Knob = Literal["threshold", "entropy_bound"]
+Knob = Literal["threshold", "entropy_bound", "edit_threshold", "post_edit_steps", "neighbour_penalty"]
 
 
 class DecodingAlgorithm(ABC):
@@ -59,13 +67,14 @@ class DecodingAlgorithm(ABC):
 
     needs: ClassVar[frozenset[Need]] = frozenset()  # columns of Candidates
     knobs: ClassVar[frozenset[Knob]] = frozenset()  # what a request can set that means anything to it
+    edits: ClassVar[bool] = False  # whether it may replace tokens that it has accepted, and then says when a block ends
 
     @abstractmethod
     def accept(self, candidates: Candidates) -> Tensor:
-        """bool [R]: the rows whose tokens are accepted now; of each block that has rows at least one.
+        """bool [R]: the rows whose tokens are accepted now; of each block that has masks at least one.
 
         A block's rows are judged by that block alone. A block with denoising steps T that starts with any number of
-        masks is done after at most T calls.
+        masks is done after at most T calls, unless the algorithm edits and says otherwise.
         """
 
     def finished(self, candidates: Candidates, accepted_R: Tensor) -> Tensor:
@@ -74,16 +83,26 @@ class DecodingAlgorithm(ABC):
         return left_S.index_add(0, candidates.block_R, (~accepted_R).to(left_S.dtype)) == 0
 
 
-def accept(algorithms: Sequence[DecodingAlgorithm], candidates: Candidates) -> Tensor:
-    """Apply block s's own `algorithms[s]`, one call for each distinct algorithm. Returns bool [R]."""
+class Verdict(NamedTuple):
+    """accepted_R: bool, rows whose tokens are accepted. finished_S: bool, blocks that need no further step then."""
+
+    accepted_R: Tensor
+    finished_S: Tensor
+
+
+def accept(algorithms: Sequence[DecodingAlgorithm], candidates: Candidates) -> Verdict:
+    """Apply block s's own `algorithms[s]`, one call for each distinct algorithm."""
     accepted_R = torch.zeros_like(candidates.token_R, dtype=torch.bool)
+    finished_S = torch.zeros_like(candidates.num_steps_S, dtype=torch.bool)
     block_R = candidates.block_R
     for algorithm in dict.fromkeys(algorithms):
         assert all(getattr(candidates, name) is not None for name in algorithm.needs), "sampled without what it needs"
         mine_S = torch.tensor([a is algorithm for a in algorithms], device=block_R.device)
         mine_R = mine_S[block_R]
-        accepted_R[mine_R] = algorithm.accept(_select(candidates, mine_S, mine_R))
-    return accepted_R
+        mine = _select(candidates, mine_S, mine_R)
+        accepted_R[mine_R] = yes_R = algorithm.accept(mine)
+        finished_S[mine_S] = algorithm.finished(mine, yes_R)
+    return Verdict(accepted_R, finished_S)
 
 
 def num_transfer(step: int, num_steps: int, block_length: int) -> int:
@@ -130,5 +149,10 @@ def _select(candidates: Candidates, mine_S: Tensor, mine_R: Tensor) -> Candidate
         threshold_S=candidates.threshold_S[mine_S],
         block_length=candidates.block_length,
         entropy_bound_S=candidates.entropy_bound_S[mine_S],
+        current_R=candidates.current_R[mine_R],
+        masked_R=candidates.masked_R[mine_R],
+        edit_threshold_S=candidates.edit_threshold_S[mine_S],
+        post_edit_steps_S=candidates.post_edit_steps_S[mine_S],
+        post_steps_S=candidates.post_steps_S[mine_S],
         **{name: None if column is None else column[mine_R] for name, column in measured.items()},
     )

@@ -37,8 +37,12 @@ class PenaltyRows(NamedTuple):
 
 def has_penalties(params: SamplingParams) -> bool:
     """True where `penalise` would change a row of a request with these parameters."""
-    occurrences = params.frequency_penalty != 0 or params.presence_penalty != 0 or params.repetition_penalty != 1
-    return occurrences or bool(params.logit_bias)
+    return counts_tokens(params) or bool(params.logit_bias)
+
+
+def counts_tokens(params: SamplingParams) -> bool:
+    """True where a row depends on the tokens that the request has so far."""
+    return params.frequency_penalty != 0 or params.presence_penalty != 0 or params.repetition_penalty != 1
 
 
 def check_logit_bias(params: SamplingParams, vocab_size: int) -> None:

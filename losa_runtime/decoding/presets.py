@@ -10,6 +10,10 @@ lmdeploy: the same rule and threshold, one token where none is sure. Confidence 
   temperature 0 it is here as well.
 sglang: its LowConfidence algorithm. Threshold 0.95, the surest one where none exceeds it, the likeliest token always:
   it is that rule at temperature 0, which this preset does not set.
+llada2.1-speed: SGLang's JointThreshold with its defaults, LLaDA2.1's mode for speed: masks are filled above 0.5, tokens
+  replaced whenever the model would now choose another one, 17 steps at most after the last mask (there it is 16 beyond
+  the first). Its likeliest tokens are those of temperature 0, which this preset does not set.
+llada2.1-quality: the same with LLaDA2.1's mode for quality: 0.95 and 0.9.
 """
 
 from __future__ import annotations
@@ -22,10 +26,14 @@ class Preset(NamedTuple):
 
     algorithm: str
     threshold: float
+    edit_threshold: float | None = None
+    post_edit_steps: int | None = None
 
 
 PRESETS: dict[str, Preset] = {
     "sdar": Preset("low_confidence_dynamic", threshold=0.85),
     "lmdeploy": Preset("low_confidence_dynamic", threshold=0.85),
     "sglang": Preset("low_confidence_dynamic", threshold=0.95),
+    "llada2.1-speed": Preset("joint_threshold", threshold=0.5, edit_threshold=0.0, post_edit_steps=17),
+    "llada2.1-quality": Preset("joint_threshold", threshold=0.95, edit_threshold=0.9, post_edit_steps=17),
 }

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.decoding_params import DecodingParams
 from losa_runtime.core.errors import ConfigError, InvalidRequest
 from losa_runtime.core.sampling_params import DiffusionParams
-from losa_runtime.decoding.presets import PRESETS, Preset
+from losa_runtime.decoding.presets import PRESETS
 
 if TYPE_CHECKING:
-    from losa_runtime.decoding.algorithm import DecodingAlgorithm, Knob
+    from losa_runtime.decoding.algorithm import DecodingAlgorithm
 
 # name -> "module:class"
 ALGORITHMS: dict[str, str] = {
@@ -27,7 +27,9 @@ ALGORITHMS: dict[str, str] = {
     "entropy_bounded": "losa_runtime.decoding.entropy_bounded:EntropyBounded",
     "margin": "losa_runtime.decoding.margin:Margin",
     "random": "losa_runtime.decoding.random_order:RandomOrder",
+    "joint_threshold": "losa_runtime.decoding.joint_threshold:JointThreshold",
 }
+KNOBS = ("threshold", "entropy_bound", "edit_threshold", "post_edit_steps", "neighbour_penalty")  # of some of them only
 
 
 def resolve(params: DiffusionParams, config: EngineConfig, block_length: int) -> DecodingParams:
@@ -39,24 +41,28 @@ def resolve(params: DiffusionParams, config: EngineConfig, block_length: int) ->
     """
     if params.preset is not None and params.preset not in PRESETS:
         raise _refusal("preset", params.preset, f"one of {', '.join(PRESETS)}", True)
-    preset = Preset(config.algorithm, config.threshold) if params.preset is None else PRESETS[params.preset]
-    algorithm = preset.algorithm if params.algorithm is None else params.algorithm
+    preset = PRESETS.get(params.preset or "")
+
+    def settled(name: str) -> Any:
+        """The request's own value, else its preset's, else the engine's."""
+        for where in (params, preset):
+            value = None if where is None else getattr(where, name, None)
+            if value is not None:
+                return value
+        return getattr(config, name)
+
+    algorithm = settled("algorithm")
     if algorithm not in ALGORITHMS:
         raise _refusal("algorithm", algorithm, f"one of {', '.join(ALGORITHMS)}", params.algorithm is not None)
-    steps = config.denoising_steps if params.denoising_steps is None else params.denoising_steps
+    steps = settled("denoising_steps")
     if steps is not None and not 1 <= steps <= block_length:
         allowed = f"1 to {block_length} (the block length)"
         raise _refusal("denoising_steps", steps, allowed, params.denoising_steps is not None)
-    knobs: tuple[tuple[Knob, float | None], ...] = (
-        ("threshold", params.threshold),
-        ("entropy_bound", params.entropy_bound),
-    )
-    for knob, wish in knobs:
+    for knob in KNOBS:
+        wish = getattr(params, knob)
         if wish is not None and knob not in load_algorithm(algorithm).knobs:
             raise _refusal(knob, wish, f"absent: {algorithm!r} does not read it", True)
-    threshold = preset.threshold if params.threshold is None else params.threshold
-    bound = config.entropy_bound if params.entropy_bound is None else params.entropy_bound
-    return DecodingParams(algorithm, threshold, block_length if steps is None else steps, bound)
+    return DecodingParams(algorithm, num_steps=steps or block_length, **{knob: settled(knob) for knob in KNOBS})
 
 
 @cache

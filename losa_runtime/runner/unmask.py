@@ -16,8 +16,8 @@ from torch import Tensor
 from losa_runtime.cache.transfer import queued, to_device, vectors_to_device
 from losa_runtime.core.batch import ForwardMode
 from losa_runtime.core.request import Alternatives
-from losa_runtime.core.work import BlockResult, RowContext, WorkItem, nothing
-from losa_runtime.decoding.algorithm import Candidates, DecodingAlgorithm, accept
+from losa_runtime.core.work import BlockResult, Ids, RowContext, WorkItem, nothing
+from losa_runtime.decoding.algorithm import Candidates, DecodingAlgorithm, Verdict, accept
 from losa_runtime.decoding.penalties import PenaltyRows, has_penalties, penalise
 from losa_runtime.decoding.registry import load_algorithm
 from losa_runtime.decoding.rng import ORDER_STREAM, uniform
@@ -88,14 +88,14 @@ class Unmasker:
                 keep = torch.from_numpy(~np.isin(owners, list(bad))).to(logits_RV.device)
                 results.update(self._decide(items, [chunk[i] for i in good], logits_RV[keep]))
             return results
-        accepted_R = self._accept(mine, sizes, sampled).cpu().numpy()
+        accepted_R, finished_S = (yes.cpu().numpy() for yes in self._accept(mine, sizes, sampled))
         token_R, logprob_R = sampled.token_R.cpu().numpy(), sampled.logprob_R.double().cpu().numpy()
         guided.settle(accepted_R, token_R, logprob_R)
         contexts = [_context(item) for item in mine]
         others = None if sampled.others is None else per_row(contexts, sizes, sampled.others)
         results = {}
         start = 0
-        for s, item, size in zip(chunk, mine, sizes, strict=True):
+        for s, item, size, finished in zip(chunk, mine, sizes, finished_S.tolist(), strict=True):
             rows = slice(start, start + size)
             yes = accepted_R[rows]
             results[s] = BlockResult(
@@ -103,6 +103,7 @@ class Unmasker:
                 token_R[rows][yes],
                 logprob_R[rows][yes],
                 alternatives=None if others is None else _chosen(others[rows], yes),
+                finished=finished,
             )
             start += size
         return results
@@ -149,6 +150,7 @@ class Unmasker:
             uniform_R=uniform(seed_R, position_R, step_R),
         )
         logits_RV = penalise(logits_RV, self._penalties(items, sizes))
+        logits_RV = self._less_repetitive(items, sizes, logits_RV)
         needs = frozenset[str]().union(*(_algorithm(item).needs for item in items))
         measures = Measures("entropy_R" in needs, "margin_R" in needs)
         bans = self._bans(items, sizes, device)
@@ -170,6 +172,22 @@ class Unmasker:
             start += size
         return requests
 
+    def _less_repetitive(self, items: Sequence[WorkItem], sizes: Sequence[int], logits_RV: Tensor) -> Tensor:
+        """The logits with each row's `neighbour_penalty` taken off the token on its left, where there is one."""
+        triples: list[tuple[int, int, float]] = []
+        start = 0
+        for item, size in zip(items, sizes, strict=True):
+            penalty = 0.0 if item.decoding is None else item.decoding.neighbour_penalty
+            if penalty and _algorithm(item).edits:
+                left = [(start + i, int(item.tokens[o - 1])) for i, o in enumerate(_offsets(item.candidates)) if o > 0]
+                triples.extend((row, token, penalty) for row, token in left if token != self.mask_token_id)
+            start += size
+        if not triples:
+            return logits_RV
+        rows, ids, penalties = zip(*triples, strict=True)
+        at = tuple(torch.tensor(column, device=logits_RV.device) for column in (rows, ids))
+        return logits_RV.index_put(at, -torch.tensor(penalties, device=logits_RV.device).to(logits_RV), accumulate=True)
+
     def _bans(self, items: Sequence[WorkItem], sizes: Sequence[int], device: torch.device) -> Bans:
         spans: dict[tuple[int, ...], list[NDArray[np.int64]]] = {}  # ids -> rows that must not take them
         start = 0
@@ -188,13 +206,20 @@ class Unmasker:
         id_N = np.concatenate([np.tile(ids, mine.size) for ids, mine in rows.items()])
         return Bans(self.mask_token_id, self.vocab_size, *vectors_to_device([row_N, id_N], device))
 
-    def _accept(self, items: Sequence[WorkItem], sizes: Sequence[int], sampled: Sampled) -> Tensor:
+    def _current(self, item: WorkItem) -> Ids:
+        """What stands at an item's candidates; with shifted logits one may lie behind its rows, still a mask."""
+        behind = np.append(item.tokens, self.mask_token_id)
+        return behind[_offsets(item.candidates)]
+
+    def _accept(self, items: Sequence[WorkItem], sizes: Sequence[int], sampled: Sampled) -> Verdict:
         device = sampled.token_R.device
         decoding = [item.decoding for item in items]
         offsets = np.concatenate([_offsets(item.candidates) for item in items])
+        current = np.concatenate([self._current(item) for item in items])
         steps, planned = [item.step for item in items], [d.num_steps for d in decoding if d is not None]
-        about = vectors_to_device([offsets, np.cumsum([0, *sizes]), steps, planned], device)
-        offset_R, indptr_S, step_index_S, num_steps_S = about
+        posts = [item.post_steps for item in items], [d.post_edit_steps for d in decoding if d is not None]
+        about = vectors_to_device([offsets, current, np.cumsum([0, *sizes]), steps, planned, *posts], device)
+        offset_R, current_R, indptr_S, step_index_S, num_steps_S, post_steps_S, post_edit_steps_S = about
         candidates = Candidates(
             token_R=sampled.token_R,
             confidence_R=sampled.confidence_R,
@@ -204,6 +229,11 @@ class Unmasker:
             num_steps_S=num_steps_S,
             threshold_S=to_device([d.threshold for d in decoding if d is not None], torch.float32, device),
             entropy_bound_S=to_device([d.entropy_bound for d in decoding if d is not None], torch.float64, device),
+            current_R=current_R,
+            masked_R=current_R == self.mask_token_id,
+            edit_threshold_S=to_device([d.edit_threshold for d in decoding if d is not None], torch.float64, device),
+            post_edit_steps_S=post_edit_steps_S,
+            post_steps_S=post_steps_S,
             block_length=self.block_length,
             entropy_R=sampled.entropy_R,
             margin_R=sampled.margin_R,

@@ -23,16 +23,19 @@ class DiffusionBlock:
     """B positions from `start` on: `known` given tokens (the tail of a prompt), then masks that become tokens.
 
     foretold: with shifted logits, the token of offset 0 comes from the block before, ahead of the first step.
-
+    edits: tokens that were accepted may be replaced until the block is said to be finished.
     limit: offsets at or behind it are never unmasked (no work past max_new_tokens); they stay MASK to the end, so a
     block whose limit is below B is the request's last and its K/V is never stored.
     """
 
     __slots__ = (
-        *("alternatives", "foretold", "known", "latest", "limit", "logprobs", "masked", "start", "step", "tokens"),
+        *("alternatives", "edits", "finished", "foretold", "known", "latest", "limit"),
+        *("logprobs", "masked", "post_steps", "start", "step", "tokens"),
     )
 
-    def __init__(self, start: int, known: Ids, limit: int, block_length: int, mask_token_id: int) -> None:
+    def __init__(
+        self, start: int, known: Ids, limit: int, block_length: int, mask_token_id: int, edits: bool = False
+    ) -> None:
         assert start % block_length == 0 and known.size < block_length and known.size < limit <= block_length
         self.start, self.known, self.limit = start, int(known.size), limit
         self.tokens: Ids = np.full(block_length, mask_token_id, dtype=np.int64)
@@ -42,33 +45,47 @@ class DiffusionBlock:
         self.logprobs: NDArray[np.float64] = np.zeros(block_length)
         self.alternatives: dict[int, Alternatives] = {}  # by offset, for a request that wants them
         self.step = 0
-        self.foretold = False
+        self.foretold = self.finished = False
+        self.edits, self.post_steps = edits, 0
         self.latest: tuple[int, ...] = ()  # offsets accepted in the last step
 
     @property
     def candidates(self) -> Ids:
-        """Offsets that may be unmasked in the next step, ascending."""
+        """Offsets that may be unmasked or edited in the next step, ascending."""
+        if self.edits:
+            return np.arange(self._given, self.limit)
         return np.flatnonzero(self.masked[: self.limit])
 
     @property
     def unmasked(self) -> int:
         """Tokens accepted so far; known ones do not count."""
-        return self.limit - self.known - int(self.candidates.size)
+        return self.limit - self.known - int(self.masked[: self.limit].sum())
 
     @property
     def settled(self) -> int:
-        """Length of the leading run without a mask: these tokens can no longer change."""
+        """Length of the leading run of tokens that can no longer change."""
+        if self.edits and not self.complete:
+            return self._given
         masked = np.flatnonzero(self.masked)
         return int(masked[0]) if masked.size else self.masked.size
 
     @property
     def complete(self) -> bool:
-        """True when every position up to the limit is unmasked."""
-        return not self.masked[: self.limit].any()
+        """True when every position up to the limit has its token for good."""
+        left = self.masked[: self.limit].any()
+        return not left and (self.finished or not self.edits or self._given == self.limit)
 
-    def accept(self, offsets: Ids, tokens: Ids, logprobs: NDArray[np.float64]) -> None:
-        """Unmask `offsets` with `tokens`; each must be a candidate. Ends the step."""
-        assert self.masked[offsets].all() and (offsets < self.limit).all()
+    @property
+    def _given(self) -> int:
+        """Length of the leading run of tokens that no step has brought."""
+        return max(self.known, int(self.foretold))
+
+    def accept(self, offsets: Ids, tokens: Ids, logprobs: NDArray[np.float64], finished: bool = False) -> None:
+        """Unmask `offsets` with `tokens`, or edit them; each must be a candidate. Ends the step."""
+        assert self.edits or self.masked[offsets].all()
+        assert (offsets >= self._given).all() and (offsets < self.limit).all()
+        self.post_steps += not self.masked[: self.limit].any()
+        self.finished = finished
         self.tokens[offsets], self.logprobs[offsets] = tokens, logprobs
         self.masked[offsets] = False
         self.latest = tuple(offsets.tolist())

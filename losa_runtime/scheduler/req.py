@@ -33,7 +33,7 @@ class ReqSettings(NamedTuple):
     limit: end position (exclusive) of prompt + output. stop_ids: tokens that end the output. ban_always: ids that are
     never chosen (EOS under ignore_eos); ban_early: ids not chosen before min_new_tokens. text: its stream of text.
     sparse: what blocks read; behind fewer than `sparse_from` tokens they read `dense` instead. guide: what the output
-    must match, if anything.
+    must match, if anything. edits: whether the decoding algorithm may replace tokens that it has accepted.
     """
 
     seed: int
@@ -47,6 +47,7 @@ class ReqSettings(NamedTuple):
     guide: Guide | None = None
     sparse_from: int = 0
     dense: SparseParams | None = None
+    edits: bool = False
 
     def reading(self, prefix: int) -> SparseParams:
         """What a block behind so many tokens reads, in all its steps."""
@@ -133,7 +134,7 @@ class Req:
         """The block at `start`, with the known tokens behind it."""
         known: Ids = self.tokens[start : max(start, self.length)].astype(np.int64)
         limit = min(self.block_length, self.settings.limit - start)
-        block = DiffusionBlock(start, known, limit, self.block_length, mask_token_id)
+        block = DiffusionBlock(start, known, limit, self.block_length, mask_token_id, self.settings.edits)
         if self.first is not None and start == self.length:
             block.foretell(self.first)
         return block

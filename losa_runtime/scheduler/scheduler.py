@@ -252,7 +252,7 @@ class Scheduler:
             return None
         assert block is not None and result.cost is not None
         req.cost.add_step(result.cost, first=item.mode is ForwardMode.OPEN, unmasked=block.latest)
-        block.accept(result.offsets, result.tokens, result.logprobs)
+        block.accept(result.offsets, result.tokens, result.logprobs, result.finished)
         if result.alternatives is not None:
             block.alternatives.update(zip(block.latest, result.alternatives, strict=True))
         return self._judge(req, block)

@@ -59,6 +59,7 @@ class WorkItems:
             decoding=req.settings.decoding,
             context=req.row_context(),
             unmasked=block.unmasked,
+            post_steps=block.post_steps,
         )
 
     def scores(self, req: Req, count: int) -> list[WorkItem]:

@@ -82,6 +82,9 @@ def accepted_offsets(
                 break
             within += 1
         return set(order[: max(within, n)])
+    if algorithm == "joint_threshold":  # of masks alone
+        sure = {offset for offset, confidence in candidates if confidence > threshold}
+        return sure or set(sorted((o for o, _ in candidates), key=lambda o: (-dict(candidates)[o], o))[:1])
     surest = [offset for offset, _ in sorted(candidates, key=lambda c: (-c[1], c[0]))]
     if algorithm == "low_confidence_dynamic":
         sure = {offset for offset, confidence in candidates if confidence > threshold}

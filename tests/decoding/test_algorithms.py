@@ -17,7 +17,7 @@ from losa_runtime.core.decoding_params import DecodingParams
 from losa_runtime.core.errors import ConfigError, InvalidRequest
 from losa_runtime.core.sampling_params import DiffusionParams
 from losa_runtime.decoding.algorithm import Candidates, accept, num_transfer
-from losa_runtime.decoding.registry import ALGORITHMS, load_algorithm, resolve
+from losa_runtime.decoding.registry import ALGORITHMS, KNOBS, load_algorithm, resolve
 from tests.decoding import oracle
 
 # (candidates as (offset, confidence), step, planned steps, threshold); few confidences, so that ties are common.
@@ -54,6 +54,11 @@ def candidates_of(block_length: int, blocks: list[Block]) -> Candidates:
         num_steps_S=torch.tensor([b[2] for b in blocks], dtype=torch.int64),
         threshold_S=torch.tensor([b[3] for b in blocks], dtype=torch.float64),
         entropy_bound_S=torch.tensor([BOUND for _ in blocks], dtype=torch.float64),
+        current_R=torch.full((len(rows),), MASK),
+        masked_R=torch.ones(len(rows), dtype=torch.bool),
+        edit_threshold_S=torch.ones(len(blocks), dtype=torch.float64),
+        post_edit_steps_S=torch.zeros(len(blocks), dtype=torch.int64),
+        post_steps_S=torch.zeros(len(blocks), dtype=torch.int64),
         block_length=block_length,
         entropy_R=torch.tensor([entropy_of(o, c) for o, c in rows], dtype=torch.float32),
         margin_R=torch.tensor([margin_of(o, c) for o, c in rows], dtype=torch.float32),
@@ -61,7 +66,7 @@ def candidates_of(block_length: int, blocks: list[Block]) -> Candidates:
     )
 
 
-BOUND = 0.75
+BOUND, MASK = 0.75, -1
 
 
 def entropy_of(offset: int, confidence: float) -> float:
@@ -103,7 +108,7 @@ def test_thousands_of_blocks_equal_the_oracle(block_length: int) -> None:
 
 def check(block_length: int, blocks: list[Block], names: list[str]) -> None:
     candidates = candidates_of(block_length, blocks)
-    accepted_R = accept([load_algorithm(name) for name in names], candidates)
+    accepted_R, finished_S = accept([load_algorithm(name) for name in names], candidates)
     expected = [
         oracle.accepted_offsets(
             name,
@@ -114,11 +119,10 @@ def check(block_length: int, blocks: list[Block], names: list[str]) -> None:
     ]
     assert by_block(accepted_R, candidates) == expected
     assert all(got or not rows for got, (rows, *_) in zip(expected, blocks, strict=True))
-    finished = load_algorithm("sequential").finished(candidates, accepted_R).tolist()
-    assert finished == [len(got) == len(rows) for got, (rows, *_) in zip(expected, blocks, strict=True)]
+    assert finished_S.tolist() == [len(got) == len(rows) for got, (rows, *_) in zip(expected, blocks, strict=True)]
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+@pytest.mark.parametrize("name", sorted(name for name in ALGORITHMS if not load_algorithm(name).edits))
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_block_is_done_within_its_planned_steps(name: str, data: st.DataObject) -> None:
@@ -181,6 +185,8 @@ def test_a_preset_stands_between_the_request_and_the_engine() -> None:
     own = DiffusionParams(preset="sdar", threshold=0.5, denoising_steps=4)
     assert resolve(own, engine, 32) == DecodingParams("low_confidence_dynamic", 0.5, 4)
     assert resolve(DiffusionParams(preset="lmdeploy", algorithm="margin"), engine, 32).algorithm == "margin"
+    fast = resolve(DiffusionParams(preset="llada2.1-speed", post_edit_steps=3), engine, 32)
+    assert fast == DecodingParams("joint_threshold", 0.5, 8, edit_threshold=0.0, post_edit_steps=3)
     with pytest.raises(InvalidRequest, match=r"custom_params\.preset: found 'vllm', allowed: one of sdar, lmdeploy"):
         resolve(DiffusionParams(preset="vllm"), engine, 32)
 
@@ -188,12 +194,13 @@ def test_a_preset_stands_between_the_request_and_the_engine() -> None:
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_a_number_that_an_algorithm_does_not_read_is_refused(name: str) -> None:
     knobs = load_algorithm(name).knobs
-    for knob in ("threshold", "entropy_bound"):
-        wish = DiffusionParams.model_validate({"algorithm": name, knob: 0.25})
+    for knob in KNOBS:
+        value = 3 if knob == "post_edit_steps" else 0.25
+        wish = DiffusionParams.model_validate({"algorithm": name, knob: value})
         if knob in knobs:
-            assert getattr(resolve(wish, config(), 8), knob) == 0.25
+            assert getattr(resolve(wish, config(), 8), knob) == value
         else:
-            with pytest.raises(InvalidRequest, match=f"custom_params.{knob}: found 0.25, allowed: absent: '{name}'"):
+            with pytest.raises(InvalidRequest, match=f"custom_params.{knob}: found {value}, allowed: absent: '{name}'"):
                 resolve(wish, config(), 8)
 
 

@@ -94,6 +94,49 @@ def generate(
     return x[len(prompt) : end]
 
 
+def generate_with_edits(
+    model: BlockDiffusionModel,
+    prompt: list[int],
+    max_new_tokens: int,
+    rule: tuple[float, float, int, float],
+    vocab_size: int,
+    stop: tuple[int, ...] = (),
+) -> tuple[list[int], int]:
+    """The same with joint_threshold; also how many tokens were replaced. rule: threshold, edit_threshold,
+    post_edit_steps, neighbour_penalty. Not for models with shifted logits."""
+    assert not model.shifted_logits
+    b, mask = model.config.block_length, model.config.mask_token_id
+    threshold, edit_threshold, most, penalty = rule
+    end, x, edits = len(prompt) + max_new_tokens, list(prompt), 0
+    while len(x) < end:
+        start = len(x) - len(x) % b
+        mine = range(len(x), min(start + b, end))
+        x += [mask] * (start + b - len(x))
+        posts = 0
+        while True:
+            began = all(x[i] != mask for i in mine)
+            logits = forward(model, x)[list(mine)]
+            for row, i in enumerate(mine):
+                if i > start and x[i - 1] != mask:
+                    logits[row, x[i - 1]] -= penalty
+            logits[:, mask] = logits[:, vocab_size:] = -torch.inf
+            best = dict(zip(mine, logits.argmax(-1).tolist(), strict=True))
+            sure = {i: float(logits[row].softmax(-1)[best[i]]) for row, i in enumerate(mine)}
+            masks = [i for i in mine if x[i] == mask]
+            fills = [i for i in masks if sure[i] > threshold] or sorted(masks, key=lambda i: (-sure[i], i))[:1]
+            changed = [i for i in mine if x[i] != mask and x[i] != best[i] and sure[i] > edit_threshold]
+            for i in (*fills, *changed):
+                x[i] = best[i]
+            edits += len(changed)
+            posts += began
+            if all(x[i] != mask for i in mine) and ((began and not changed) or posts >= most):
+                break
+        found = _stops(x[len(prompt) : end], stop, mask)
+        if found is not None:
+            return x[len(prompt) : len(prompt) + found + 1], edits
+    return x[len(prompt) : end], edits
+
+
 def _stops(output: list[int], stop: tuple[int, ...], mask: int) -> int | None:
     for i, token in enumerate(output):
         if token == mask:

@@ -45,6 +45,18 @@ def test_tokens_equal_the_plain_loop(tiny: LLM, rule: str, length: int, new: int
     assert got.prompt_tokens == length
 
 
+@pytest.mark.parametrize("rule", [(0.02, 0.0, 3, 0.0), (0.02, 0.008, 16, 0.5), (0.5, 0.0, 0, 0.0), (0.01, 0.0, 1, 4.0)])
+@pytest.mark.parametrize(("length", "new"), [(1, 20), (31, 40), (48, 5)])
+def test_edits_equal_the_plain_loop(tiny: LLM, rule: tuple[float, float, int, float], length: int, new: int) -> None:
+    ids = prompt(length, seed=length)
+    names = ("threshold", "edit_threshold", "post_edit_steps", "neighbour_penalty")
+    [got] = tiny.generate([ids], greedy(new, algorithm="joint_threshold", **dict(zip(names, rule, strict=True))))
+    model, stop = tiny.engine.parts.runner.model, tuple(tiny.engine.parts.eos_token_ids)
+    want, edits = plain_loop.generate_with_edits(model, ids, new, rule, tiny.tokenizer.vocab_size, stop)
+    assert list(got.token_ids) == want
+    assert edits > 0 or rule[2] == 0 or new < 6
+
+
 def test_small_blocks_in_larger_pages_equal_the_plain_loop(tiny_b4_checkpoint: Path) -> None:
     llm = LLM(model=str(tiny_b4_checkpoint), max_total_tokens=2048)
     for length in (1, 4, 15, 16, 30):

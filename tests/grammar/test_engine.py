@@ -17,6 +17,7 @@ from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import InvalidRequest
 from losa_runtime.core.request import Request, RequestOutput
 from losa_runtime.core.sampling_params import SamplingParams
+from losa_runtime.decoding import registry
 from losa_runtime.engine import Engine
 from losa_runtime.grammar.guide import Guides
 from losa_runtime.models.random_checkpoint import write_random_checkpoint
@@ -24,7 +25,7 @@ from losa_runtime.runner.token_grammars import TokenGrammars
 from tests.grammar.patterns import random_pattern
 from tests.grammar.schemas import REALISTIC, SCHEMAS
 
-ALGORITHMS = ("sequential", "low_confidence_static", "low_confidence_dynamic")
+ALGORITHMS = tuple(registry.ALGORITHMS)
 
 
 @pytest.fixture(scope="module", params=[16, 4])

@@ -7,12 +7,15 @@ import asyncio
 import json
 import math
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +30,7 @@ from losa_server.bench.run import measure
 from losa_server.bench.settings import BenchSettings
 from losa_server.bench.source import Tokens
 from losa_server.cli import main as losa
+from losa_server.commands.bench import TERMINATED
 from tests.server.app_server import AppServer
 
 TOKENS = Tokens(50, 3)
@@ -453,3 +457,15 @@ def test_a_server_of_its_own(
     assert found["total_output_tokens"] == 24
     assert losa(["bench", *words, *SMALL, "--page-size", "7"]) == 1
     assert "the server ended with exit code 1" in capsys.readouterr().err
+
+
+def test_a_server_of_its_own_ends_with_the_command(tiny_checkpoint: Path) -> None:
+    """Also where a SIGTERM ends the command while that server loads or answers."""
+    command = [sys.executable, "-P", "-m", "losa_server", "bench", "--model", str(tiny_checkpoint)]
+    bench = psutil.Popen([*command, "--num-prompts", "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (started := bench.children(recursive=True)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    bench.terminate()
+    assert started and bench.wait(60) == TERMINATED
+    assert not psutil.wait_procs(started, 30)[1]

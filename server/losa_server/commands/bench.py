@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         with ExitStack() as stack:
             url, key = client.url, client.api_key.get_secret_value() if client.api_key else None
             if config is not None:
+                _leave_in_order(stack)
                 with console.status(f"loading {config.model}"):
                     url, key = start(stack, config), None
             assert url is not None
@@ -72,6 +74,12 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return _report(settings, outcome, records, console)
+
+
+def _leave_in_order(stack: ExitStack) -> None:
+    """A SIGTERM becomes an exit, so that a server that was started here is ended, too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    stack.callback(signal.signal, signal.SIGTERM, before)
 
 
 def start(stack: ExitStack, config: EngineConfig) -> str:

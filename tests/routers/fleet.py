@@ -59,7 +59,7 @@ class Fleet:
         return list(reply.json()["workers"]) if reply.status_code == 200 else []
 
     def wait_healthy(self, count: int) -> None:
-        """Until the router has so many servers that it takes for healthy, and no others of these two."""
+        """Until the router takes so many servers for healthy."""
         deadline = time.monotonic() + PATIENCE_S
         while sum(worker["is_healthy"] for worker in self.workers()) != count:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log()

@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile.disable()
     if args.profile:
         pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(args.profile)
-    row = _row(args, rounds, seconds, layers.seconds, head.seconds)
+    backend = type(engine.parts.runner.backend).__name__
+    row = _row(args, backend, rounds, seconds, layers.seconds, head.seconds)
     if args.results is not None:
         add_row(args.results, row | circumstances(torch.device("cpu")))
     print(json.dumps(row))
@@ -94,11 +95,14 @@ def _add(llm: LLM, args: argparse.Namespace) -> None:
         llm.engine.add(Request(rid=f"{number}", prompt_ids=tuple(ids), sampling=params))
 
 
-def _row(args: argparse.Namespace, rounds: int, seconds: float, layers: float, head: float) -> dict[str, Any]:
+def _row(
+    args: argparse.Namespace, backend: str, rounds: int, seconds: float, layers: float, head: float
+) -> dict[str, Any]:
     rest = seconds - layers - head
     return {
         "benchmark": "host_share",
         **{name: getattr(args, name) for name in ("method", "requests", "context", "budget")},
+        "backend": backend,
         "rounds": rounds,
         "round_ms": round(1e3 * seconds / rounds, 3),
         "layers_ms": round(1e3 * layers / rounds, 3),

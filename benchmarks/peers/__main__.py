@@ -103,6 +103,7 @@ def _row(args: argparse.Namespace, facts: Facts, race: Race, runs: list[Run]) ->
         "model": facts.folder.name if facts.folder != CHECKPOINT else "bundled",
         "steps": race.task.steps,
         "stops": args.stops,
+        "backends": sorted({peer.backend for peer in race.peers if isinstance(peer, Ours)}),
         "clock": "processor" if args.cpu_time else "wall",
         "tokens_per_s": {peer: _rounded(by) for peer, by in found.items()},
         "equal_answers": {peer: round(share, 3) for peer, share in race.equal.items()},

@@ -30,6 +30,7 @@ class Ours(Peer):
         if variant == "losa":
             options["token_budget"] = budget
         self.llm = LLM(model=str(facts.folder), **options)
+        self.backend = type(self.llm.engine.parts.runner.backend).__name__
 
     def reset(self) -> None:
         flushed = self.llm.engine.flush_cache()

@@ -91,6 +91,10 @@ bench: setup ## measure again what the README shows, some ten minutes on two qui
 	$(BIN)/python -m benchmarks.offline
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.scheduler
+	$(BIN)/python -m benchmarks.peers --document 1024 --output 16 --rounds 1 --sample 2 --baselines transformers_batched \
+	  --variants dense losa --threads 1 --cpu-time
+	$(BIN)/python -m benchmarks.min_context --threads 1 --cpu-time
+	$(BIN)/python -m benchmarks.host_share --method losa --context 2048 --rounds 20
 	$(BIN)/python -m benchmarks.quality --report-only --contexts 4096 --tasks multi_value --samples 500
 	$(BIN)/python -m benchmarks.quality.probe --report-only
 

@@ -137,8 +137,9 @@ def test_what_is_known_does_not_wait_for_what_is_hostile() -> None:
     while not compiler._lock.locked():
         time.sleep(0.01)
     assert accepts(compiler.compile("known", "regex"), "known") and not refused.is_set()
+    time.sleep(0.2)  # so that its worker has the pattern, as a rule; a new one would be given its 30 seconds
     assert compiler._worker is not None
     compiler._worker.kill()
-    thread.join(20)
+    thread.join(90)
     assert refused.is_set()
     compiler.close()

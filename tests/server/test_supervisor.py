@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from losa_runtime.core.config import EngineConfig
+from losa_server import vigil
 from losa_server.engine_client import EngineClient
 from losa_server.engine_life import EngineLife
 from losa_server.errors import EngineUnavailable
@@ -73,7 +74,9 @@ def test_the_first_engine_is_the_callers_care() -> None:
     asyncio.run(run())
 
 
-def test_an_engine_that_never_loads_is_not_waited_for_for_ever() -> None:
+def test_an_engine_that_never_loads_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vigil, "LOADING_S", 0.4)
+
     async def run() -> None:
         stage = Stage(SLEEPS, heartbeat_timeout=0.5, watchdog_timeout=0.6)
         life = stage.supervisor.begin()

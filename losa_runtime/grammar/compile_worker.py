@@ -3,18 +3,25 @@
 Started by `compiler` as `python -m losa_runtime.grammar.compile_worker MEMORY_BYTES`: reads `{"pattern": …, "without":
 […]}`, a line of JSON, and answers `{"size": n}` and n bytes of automaton, or `{"error": …}`. Memory is bounded here,
 time by whoever waits. The regular expressions are those of Rust's `regex` (no look-around, no back-references),
-compiled by outlines_core over a vocabulary of single bytes.
+compiled by outlines_core over a vocabulary of single bytes. Of the digits and letters that `\\d` and `\\w` stand for,
+those are taken that this Python knows, too: its Unicode tables may be older, and whoever checks an output with `re`
+must find that it matches.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
+import unicodedata
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from losa_runtime.grammar.automaton import ByteAutomaton
+
+if TYPE_CHECKING:
+    from outlines_core import Vocabulary
 
 MAX_EDGES = 4_000_000
 # Stands behind every pattern while it is compiled: outlines_core 0.2.14 loses what may follow a state where a match may
@@ -34,7 +41,7 @@ def compile_pattern(pattern: str, without: Sequence[str] = ()) -> ByteAutomaton:
 
     single_bytes = Vocabulary(256, {bytes((byte,)): [byte] for byte in range(256)})
     Index(pattern, single_bytes)  # it must be a pattern by itself: `a)(b` is none
-    index = Index(f"(?:{pattern}){MARK}", single_bytes)
+    index = Index(f"(?:{_as_python_reads_it(pattern, single_bytes)}){MARK}", single_bytes)
     edges: Edges = index.get_transitions()
     _check_size(sum(map(len, edges.values())))
     marked = set(index.get_final_states())
@@ -48,6 +55,22 @@ def compile_pattern(pattern: str, without: Sequence[str] = ()) -> ByteAutomaton:
     if without:
         inside, start, accepting = _without(inside, start, accepting, [text.encode() for text in without])
     return ByteAutomaton.from_edges(inside, start, accepting)
+
+
+def _as_python_reads_it(pattern: str, single_bytes: Vocabulary) -> str:
+    """The pattern with `\\d` and `\\w` cut down to what both call digits and letters; not where it is told to match
+    bytes without Unicode (`(?-u)`), which is ASCII for both."""
+    from outlines_core import Index
+
+    if re.search(r"\(\?[a-zA-Z]*-[a-zA-Z]*u", pattern):
+        return pattern
+    age = r"\p{age:" + ".".join(unicodedata.unidata_version.split(".")[:2]) + "}"
+    try:
+        Index(age, single_bytes)
+    except ValueError:  # a Python whose tables are newer than the library's has nothing to take away
+        age = r"\p{any}"
+    shorter = {r"\d": rf"[\d&&{age}]", r"\w": rf"[\w&&[\p{{L}}\p{{N}}_]&&{age}]"}
+    return re.sub(r"\\.", lambda escaped: shorter.get(escaped[0], escaped[0]), pattern, flags=re.DOTALL)
 
 
 def _check_size(size: int) -> None:

@@ -32,6 +32,23 @@ def accepts(automaton: ByteAutomaton, text: str) -> bool:
     return state >= 0 and bool(automaton.accepting_S[state])
 
 
+@pytest.mark.parametrize("pattern", [r"\d", r"\w", r"[x\d-]", r"a*\\\\d|\d", r"[\w&&[^_]]"])
+def test_digits_and_letters_are_those_that_python_knows(pattern: str) -> None:
+    """Unicode goes on: code points that are no characters yet in one table are digits in another."""
+    automaton, found = compile_pattern(pattern), 0
+    python = re.compile(pattern.replace("[\\w&&[^_]]", "[^\\W_]"))
+    for number in range(0x20000):
+        if not 0xD800 <= number < 0xE000 and accepts(automaton, chr(number)):
+            assert python.fullmatch(chr(number)), hex(number)
+            found += 1
+    assert found > 300
+
+
+def test_ascii_is_left_as_it_is() -> None:
+    automaton = compile_pattern(r"(?-u:\d\w)")
+    assert accepts(automaton, "1_") and not accepts(automaton, "1é")
+
+
 def test_agrees_with_python() -> None:
     rng = random.Random(0)
     for _ in range(150):

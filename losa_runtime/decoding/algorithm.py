@@ -25,9 +25,9 @@ class Candidates(NamedTuple):
 
     token_R: int64. confidence_R: float32, see `sampling`. offset_R: int64, position in the block, 0 .. B - 1, each
     once per block. indptr_S: int64 [S + 1], from 0 to R. step_index_S: int64, 0 for a block's first step.
-    num_steps_S: int64, planned steps (T), 1 .. B. threshold_S, entropy_bound_S: float64.
-    current_R: int64, what stands there now, masked_R: bool, whether it is a mask. edit_threshold_S: float64,
-    post_edit_steps_S: int64, post_steps_S: int64, steps before this one that began without a mask.
+    num_steps_S: int64, planned steps (T), 1 .. B. threshold_S, edit_threshold_S: float32,
+    as confidences are. entropy_bound_S: float64. current_R: int64, what stands there now, masked_R: bool, whether it
+    is a mask. post_edit_steps_S: int64. post_steps_S: int64, steps before this one that began without a mask.
     There if they are needed: entropy_R, margin_R: float32, see `sampling`; order_R: float64 in [0, 1), drawn at random.
     Known tokens of a block (the tail of a prompt) are never among the rows.
     """
@@ -92,11 +92,16 @@ class Verdict(NamedTuple):
 
 def accept(algorithms: Sequence[DecodingAlgorithm], candidates: Candidates) -> Verdict:
     """Apply block s's own `algorithms[s]`, one call for each distinct algorithm."""
+    different = tuple(dict.fromkeys(algorithms))
+    for algorithm in different:
+        assert all(getattr(candidates, name) is not None for name in algorithm.needs), "sampled without what it needs"
+    if len(different) == 1:  # as nearly always: nothing is to be told apart
+        accepted_R = different[0].accept(candidates)
+        return Verdict(accepted_R, different[0].finished(candidates, accepted_R))
     accepted_R = torch.zeros_like(candidates.token_R, dtype=torch.bool)
     finished_S = torch.zeros_like(candidates.num_steps_S, dtype=torch.bool)
     block_R = candidates.block_R
-    for algorithm in dict.fromkeys(algorithms):
-        assert all(getattr(candidates, name) is not None for name in algorithm.needs), "sampled without what it needs"
+    for algorithm in different:
         mine_S = torch.tensor([a is algorithm for a in algorithms], device=block_R.device)
         mine_R = mine_S[block_R]
         mine = _select(candidates, mine_S, mine_R)

@@ -208,8 +208,8 @@ class Unmasker:
 
     def _current(self, item: WorkItem) -> Ids:
         """What stands at an item's candidates; with shifted logits one may lie behind its rows, still a mask."""
-        behind = np.append(item.tokens, self.mask_token_id)
-        return behind[_offsets(item.candidates)]
+        offsets = _offsets(item.candidates)
+        return np.full(offsets.size, self.mask_token_id) if item.mode.stores else item.tokens[offsets]
 
     def _accept(self, items: Sequence[WorkItem], sizes: Sequence[int], sampled: Sampled) -> Verdict:
         device = sampled.token_R.device
@@ -231,7 +231,7 @@ class Unmasker:
             entropy_bound_S=to_device([d.entropy_bound for d in decoding if d is not None], torch.float64, device),
             current_R=current_R,
             masked_R=current_R == self.mask_token_id,
-            edit_threshold_S=to_device([d.edit_threshold for d in decoding if d is not None], torch.float64, device),
+            edit_threshold_S=to_device([d.edit_threshold for d in decoding if d is not None], torch.float32, device),
             post_edit_steps_S=post_edit_steps_S,
             post_steps_S=post_steps_S,
             block_length=self.block_length,

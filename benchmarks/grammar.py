@@ -156,7 +156,14 @@ def _summed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _say(console: Console, row: dict[str, Any]) -> None:
     if row["benchmark"] == "cost":
-        table = Table("constraint, mode", "ms per step", "more", "CPU ms per step", "more", title="16 requests at once")
+        table = Table(
+            "constraint, mode",
+            "ms per step",
+            "more",
+            "CPU ms per step",
+            "more",
+            title=f"{row['requests']} requests at once",
+        )
         for name in row["ms_per_step"]:
             more = [row[f"{kind}_more"].get(name) for kind in ("ms_per_step", "cpu_ms_per_step")]
             shown = ["" if each is None else f"{each:+.1%}" for each in more]

@@ -32,6 +32,7 @@ from losa_server.messages import (
     Shutdown,
 )
 from losa_server.settings import ServerSettings
+from losa_server.spinning import spins_briefly
 from losa_server.vigil import Vigil
 
 log = logging.getLogger("losa.server")
@@ -91,6 +92,7 @@ class EngineLife:
             log_format=settings.log_format,
         )
         environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
+        environment = spins_briefly(environment)
         loop = asyncio.get_running_loop()
         try:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from losa_server.chat.settings import ChatSettings
 from losa_server.configuration.flags import add_settings, engine_to_start, settings_from
 from losa_server.configuration.printout import as_yaml
 from losa_server.settings import ClientSettings
+from losa_server.spinning import spins_briefly
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _with_model(config: EngineConfig, settings: ChatSettings) -> int:
     with Console(stderr=True).status(f"loading {config.model}"):
+        os.environ.update(spins_briefly(os.environ))
         from losa_server.chat.local import LocalPartner  # loads torch, which --help need not
 
         partner = LocalPartner(config, settings)

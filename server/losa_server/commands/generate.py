@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from losa_runtime.core.errors import LosaError
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_server.configuration.flags import add_settings, settings_from
 from losa_server.configuration.printout import as_yaml
+from losa_server.spinning import spins_briefly
 
 if TYPE_CHECKING:
     from losa_runtime.llm import LLM, Completion
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         options: dict[str, Any] = config.model_dump(exclude_unset=True)
         text = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
 
+        os.environ.update(spins_briefly(os.environ))
         from losa_runtime.llm import LLM  # loads torch, which --help need not
 
         llm = LLM(**options)

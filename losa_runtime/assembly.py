@@ -27,6 +27,7 @@ from losa_runtime.decoding.registry import ALGORITHMS
 from losa_runtime.decoding.registry import resolve as resolve_decoding
 from losa_runtime.layers.linear import ROW_TILE, use_row_tile
 from losa_runtime.layers.mixture import use_kernels
+from losa_runtime.layers.quantization import kept_bytes
 from losa_runtime.least_prefix import LeastPrefix, settle_least_prefix
 from losa_runtime.models.locate import locate_checkpoint
 from losa_runtime.models.model import load_model
@@ -83,7 +84,9 @@ class Parts(NamedTuple):
             "tokenizer_path": self.tokenizer_folder,
             "architecture": model.architecture,
             "parameters": sum(p.numel() for p in self.runner.model.parameters()),
-            "weight_bytes": sum(p.nbytes for p in self.runner.model.parameters()),
+            "weight_bytes": kept_bytes(self.runner.model),
+            "weight_bytes_unquantized": sum(p.numel() * p.dtype.itemsize for p in self.runner.model.parameters()),
+            "quantization": config.quantization,
             "vocab_size": self.tokenizer.vocab_size,
             "block_length": model.block_length,
             "mask_token_id": model.mask_token_id,
@@ -177,7 +180,7 @@ def assemble(config: EngineConfig) -> Parts:
         block_length=model_config.block_length,
         same_bits=config.deterministic,
     )
-    model = load_model(folder, model_config, dtype, device, config.show_progress)
+    model = load_model(folder, model_config, dtype, device, config.show_progress, config.quantization)
     use_row_tile(model, ROW_TILE if config.deterministic else None)
     offered = offered_methods(config)
     reserved = total_state_bytes(geometry, dtype.itemsize, offered)

@@ -54,7 +54,7 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): pin for name, _, pin in (line.partition("==") for line in lines) if pin}
 
 
-NEEDED = declared(PROJECT["dependencies"], EXTRAS["frontend"], EXTRAS["otel"], EXTRAS["dev"])
+NEEDED = declared(PROJECT["dependencies"], EXTRAS["frontend"], EXTRAS["otel"], EXTRAS["quantization"], EXTRAS["dev"])
 
 
 @pytest.mark.parametrize("requirement", NEEDED, ids=lambda r: r.name)
@@ -117,7 +117,7 @@ def test_what_the_packages_import_is_declared() -> None:
 
 
 def test_dev_brings_the_frontend() -> None:
-    assert "losa-runtime[frontend,otel]" in EXTRAS["dev"]
+    assert "losa-runtime[frontend,otel,quantization]" in EXTRAS["dev"]
 
 
 def test_pins_are_exact_and_name_no_place() -> None:

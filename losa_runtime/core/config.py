@@ -10,6 +10,7 @@ from losa_runtime.core.errors import ConfigError
 from losa_runtime.core.options import option
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "fp8"]
 
 
 class RopeScaling(BaseModel):
@@ -59,6 +60,9 @@ class EngineConfig(BaseModel):
         None, MODEL, "its folder or hub id (default: the model's)", names=("tokenizer_path",), metavar="PATH"
     )
     dtype: DType = option("auto", MODEL, "of weights and activations")
+    quantization: Quantization | None = option(
+        None, MODEL, "keep the weights of the linear layers, lm_head aside, in 8 bits (needs torchao; default: none)"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", MODEL, "where the model runs")
     attention_backend: Literal["auto", "native", "triton", "flashinfer", "torch"] = option(
         "auto", MODEL, "how attention is computed"

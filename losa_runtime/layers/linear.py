@@ -24,9 +24,13 @@ def linear(x_TC: Tensor, weight_NC: Tensor, row_tile: int | None, bias_N: Tensor
 
 
 class Linear(nn.Linear):
-    """A linear layer whose weights are to be loaded; `row_tile` as in `linear`, set by `use_row_tile`."""
+    """A linear layer whose weights are to be loaded; `row_tile` as in `linear`, set by `use_row_tile`.
+
+    widen_once: the weight is one of few bits whose product widens it first; tiles share one widened copy.
+    """
 
     row_tile: int | None = None
+    widen_once: bool = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias)
@@ -36,7 +40,8 @@ class Linear(nn.Linear):
 
     def forward(self, x_TC: Tensor) -> Tensor:
         """x [T, C] -> [T, N]."""
-        return linear(x_TC, self.weight, self.row_tile, self.bias)
+        weight_NC = self.weight.dequantize() if self.widen_once and self.row_tile is not None else self.weight
+        return linear(x_TC, weight_NC, self.row_tile, self.bias)
 
 
 def use_row_tile(module: nn.Module, row_tile: int | None) -> None:

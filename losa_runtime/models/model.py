@@ -15,9 +15,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from losa_runtime.core.errors import CheckpointError
+from losa_runtime.core.config import Quantization
+from losa_runtime.core.errors import CheckpointError, ConfigError
 from losa_runtime.core.model_config import ModelConfig
 from losa_runtime.layers.attention import AttendFn
+from losa_runtime.layers.linear import Linear
+from losa_runtime.layers.quantization import Quantizer, make_quantizer
 from losa_runtime.models.weights import load_weights
 
 
@@ -79,11 +82,32 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str,
     show_progress: bool = False,
+    quantization: Quantization | None = None,
 ) -> BlockDiffusionModel:
     """Load a checkpoint folder in `dtype` onto `device`, in eval mode and without gradients.
 
-    Peak memory is the model plus one tensor. Raises CheckpointError listing every tensor that does not fit.
+    Peak memory is the model plus one tensor. quantization: keeps the linear layers, lm_head aside, in 8 bits, each as
+    soon as it is read; the peak is the model as it is kept plus a few float32 copies of one tensor. Raises
+    CheckpointError listing every tensor that does not fit, ConfigError if the quantization cannot be had.
     """
     model = empty_model(config)
-    load_weights(Path(folder), model, model.tied, dtype=dtype, device=torch.device(device), show_progress=show_progress)
-    return model.to(device).eval().requires_grad_(False)
+    remake = {} if quantization is None else _quantizers(model, quantization, dtype)
+    target = torch.device(device)
+    load_weights(
+        Path(folder), model, model.tied, dtype=dtype, device=target, show_progress=show_progress, remake=remake
+    )
+    return model.to(target).eval().requires_grad_(False)
+
+
+def _quantizers(model: BlockDiffusionModel, quantization: Quantization, dtype: torch.dtype) -> dict[str, Quantizer]:
+    """Parameter -> what quantizes it. Embeddings, norms and lm_head, which tells tokens apart, keep their dtype."""
+    if model.config.experts is not None:
+        raise ConfigError(
+            f"quantization: found {quantization!r} for {model.config.architecture}, allowed for models with experts: "
+            "none, since most of their weights go to grouped kernels that read no 8-bit weights"
+        )
+    quantize = make_quantizer(quantization, dtype)
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, Linear) and name != "lm_head"}
+    for layer in layers.values():
+        layer.widen_once = quantization == "fp8"  # takes longer than a tile's product; int8 does not
+    return {f"{name}.weight": quantize for name in layers}

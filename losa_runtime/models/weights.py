@@ -7,9 +7,10 @@ Knows names and shapes, not what they mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -72,10 +73,12 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     show_progress: bool,
+    remake: Mapping[str, Callable[[str, Tensor], Tensor]] = MappingProxyType({}),
 ) -> None:
     """Fill every parameter of `module` (on the meta device) with an own copy in `dtype` on `device`.
 
-    tied: tensors that may be present and then must equal the named parameter. The bar goes to stderr. Raises
+    tied: tensors that may be present and then must equal the named parameter. remake: parameter -> what is kept in the
+    place of its tensor, made as soon as that is on the device. The bar goes to stderr. Raises
     CheckpointError listing missing, unexpected, misshapen and non-float tensors before anything is read.
     """
     files = tensor_files(folder)
@@ -87,7 +90,11 @@ def load_weights(
         with byte_progress(show_progress) as progress:
             task = progress.add_task("loading weights", total=total)
             for name in sorted(expected, key=lambda n: (files[n], n)):
-                _fill(module, expected[name].piece, _read(opened[files[name]], name, folder), dtype, device)
+                piece = expected[name].piece
+                _fill(module, piece, _read(opened[files[name]], name, folder), dtype, device)
+                if piece.parameter in remake:
+                    made = remake[piece.parameter](name, module.get_parameter(piece.parameter).detach())
+                    assign(module, piece.parameter, made)
                 progress.advance(task, expected[name].numel * dtype.itemsize)
         for name, target in tied.items():
             if name in files:

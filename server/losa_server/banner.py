@@ -62,8 +62,16 @@ def _model(info: Facts) -> str:
     sizes = {
         "millions": info["parameters"] / 1e6 if "parameters" in info else None,
         "mib": info["weight_bytes"] / MIB if "weight_bytes" in info else None,
+        "before": info["weight_bytes_unquantized"] / MIB if info.get("quantization") else None,
     }
-    forms = ("{}", "architecture"), ("{:,.1f} M parameters", "millions"), ("{}", "dtype"), ("{:,.1f} MiB", "mib")
+    forms = (
+        ("{}", "architecture"),
+        ("{:,.1f} M parameters", "millions"),
+        ("{}", "dtype"),
+        ("linear layers in {}", "quantization"),
+        ("{:,.1f} MiB", "mib"),
+        ("unquantized {:,.1f} MiB", "before"),
+    )
     return _join({**info, **sizes}, *forms)
 
 

@@ -53,6 +53,13 @@ def test_from_which_context_on_the_method_is_used(rule: object, least: int | Non
     assert "dense below" not in shown(show_start, {**facts, "sparse_min_context": 0}, 1.0)
 
 
+def test_quantized_weights_are_shown_beside_what_they_were() -> None:
+    facts = {**FACTS, "quantization": "int8", "weight_bytes_unquantized": 2**25}
+    words = "bfloat16, linear layers in int8, 8.0 MiB, unquantized 32.0 MiB"
+    assert words in shown(show_start, facts, 1.0)
+    assert "unquantized" not in shown(show_start, {**facts, "quantization": None}, 1.0)
+
+
 def test_unknown_facts_are_left_out() -> None:
     text = shown(show_start, {"model_path": "m", "sparse_method": "dense"}, 0.0)
     assert "dense (a request may choose another" in text

@@ -59,7 +59,8 @@ OPTIONS = """
 --disable-radix-cache --attention-backend torch --device cpu --sparse-method losa --token-budget 256
 --active-ratio 0.5 --dllm-algorithm low_confidence_static --threshold 0.8 --denoising-steps 4 --block-length 8
 --mask-token-id 3 --max-queued-requests 9 --schedule-policy lpm --radix-eviction-policy lfu
---sparse-methods losa,dense --sparse-options {"dense_layers":2} --rope-scaling {"rope_type":"yarn","factor":2.0}
+--sparse-methods losa,dense --sparse-options {"dense_layers":2} --quantization int8
+--rope-scaling {"rope_type":"yarn","factor":2.0}
 """
 
 
@@ -71,7 +72,7 @@ def test_every_option_arrives() -> None:
         token_budget=256, active_ratio=0.5, algorithm="low_confidence_static", threshold=0.8, denoising_steps=4,
         block_length=8, mask_token_id=3, max_queued_requests=9, schedule_policy="lpm", radix_eviction_policy="lfu",
         sparse_methods=("losa", "dense"), sparse_options={"dense_layers": 2},
-        rope_scaling={"kind": "yarn", "factor": 2.0},
+        rope_scaling={"kind": "yarn", "factor": 2.0}, quantization="int8",
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     *("torch", "numpy", "safetensors", "tokenizers", "pydantic", "pyzmq", "fastapi", "uvicorn", "uvloop"),
-    *("triton", "flashinfer-python", "transformers", "sglang"),
+    *("triton", "flashinfer-python", "torchao", "transformers", "sglang"),
 )
 # What the kernels (and torch) choose by, in the kernel's spelling.
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")

@@ -38,7 +38,6 @@ FOREIGN = {
     "pipeline-parallel-size": "not available: a model runs on one device",
     "data-parallel-size": "not available: start one server per device",
     "dp-size": "not available: start one server per device",
-    "quantization": "not available: see --dtype and --kv-cache-dtype",
     "enable-lora": "not available",
     "lora-paths": "not available",
 }

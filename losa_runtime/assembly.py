@@ -124,6 +124,7 @@ class Parts(NamedTuple):
             "algorithm": config.algorithm,
             "algorithms": list(ALGORITHMS),
             "denoising_steps": config.denoising_steps or model.block_length,
+            "sub_block_length": config.sub_block_length,
             "threshold": config.threshold,
             "entropy_bound": config.entropy_bound,
             "edit_threshold": config.edit_threshold,

@@ -145,6 +145,9 @@ class EngineConfig(BaseModel):
         0.0, DECODING, "joint_threshold: taken off the logit of the token on the left", ge=0.0, le=1e4
     )
     denoising_steps: int | None = option(None, DECODING, "planned steps per block (default: the block length)", gt=0)
+    sub_block_length: int | None = option(
+        None, DECODING, "fill a block in parts of so many positions, from left to right (default: all at once)", gt=0
+    )
 
     debug_poison_pages: bool = option(
         False, MEMORY, "fill free pages with NaN, so that whoever reads one by mistake gets an error; slow"

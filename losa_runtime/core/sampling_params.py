@@ -59,6 +59,7 @@ class DiffusionParams(BaseModel):
     preset: a name for values of these, as another engine has them; what is said beside it counts more. See
     `decoding.presets`.
     denoising_steps: planned denoising steps per block (1 .. block length).
+    sub_block_length: a block is filled in parts of so many positions from left to right; a divisor of the block length.
     grammar_mode: how a block is filled under `regex` or `json_schema`: along the most probable path ("map", the
     default: as good or better with the dynamic algorithm and with temperature, and cheaper), or hole by hole ("valid":
     better with few fixed greedy steps per block). The measurement is `benchmarks.grammar`.
@@ -80,6 +81,7 @@ class DiffusionParams(BaseModel):
     neighbour_penalty: float | None = Field(default=None, ge=0.0, le=1e4)
     preset: str | None = None
     denoising_steps: int | None = Field(default=None, gt=0, le=MAX_COUNT)
+    sub_block_length: int | None = Field(default=None, gt=0, le=MAX_COUNT)
     grammar_mode: Literal["map", "valid"] | None = None
 
     @field_validator(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_runtime.core.batch import ForwardMode, SparseParams
-from losa_runtime.core.decoding_params import DecodingParams
+from losa_runtime.core.decoding_params import DecodingParams, Window
 from losa_runtime.core.request import Alternatives
 from losa_runtime.core.sampling_params import SamplingParams
 
@@ -48,7 +48,8 @@ class WorkItem(NamedTuple):
     pages: page table of the request, a view, covering what the segment reads and writes. For block segments:
     candidates: offsets that may be unmasked or, if the algorithm edits, replaced (for SCORE: the one scored offset);
     post_steps: steps of this block before this one that began without a mask; target: the scored token; unmasked:
-    tokens accepted in this block before this step. With shifted logits a store segment may have a candidate, too: the
+    tokens accepted in this block before this step; window: of the candidates, the part that may be unmasked now, None
+    for all. With shifted logits a store segment may have a candidate, too: the
     offset behind its rows, that is the next block's first; and a scored offset may lie there.
     """
 
@@ -66,6 +67,7 @@ class WorkItem(NamedTuple):
     context: RowContext | None = None
     unmasked: int = 0
     post_steps: int = 0
+    window: Window | None = None
 
 
 class Round(NamedTuple):

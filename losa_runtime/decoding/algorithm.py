@@ -25,9 +25,11 @@ class Candidates(NamedTuple):
 
     token_R: int64. confidence_R: float32, see `sampling`. offset_R: int64, position in the block, 0 .. B - 1, each
     once per block. indptr_S: int64 [S + 1], from 0 to R. step_index_S: int64, 0 for a block's first step.
-    num_steps_S: int64, planned steps (T), 1 .. B. threshold_S, edit_threshold_S: float32,
-    as confidences are. entropy_bound_S: float64. current_R: int64, what stands there now, masked_R: bool, whether it
-    is a mask. post_edit_steps_S: int64. post_steps_S: int64, steps before this one that began without a mask.
+    num_steps_S: int64, planned steps (T), 1 .. length_S. length_S: int64, the positions that they are planned for: B,
+    or those of the open sub-block (`Window`), to which the rows and both counts of steps then belong. threshold_S,
+    edit_threshold_S: float32, as confidences are. entropy_bound_S: float64. current_R: int64, what stands there now,
+    masked_R: bool, whether it is a mask. post_edit_steps_S: int64. post_steps_S: int64, steps before this one that
+    began without a mask.
     There if they are needed: entropy_R, margin_R: float32, see `sampling`; order_R: float64 in [0, 1), drawn at random.
     Known tokens of a block (the tail of a prompt) are never among the rows.
     """
@@ -38,6 +40,7 @@ class Candidates(NamedTuple):
     indptr_S: Tensor
     step_index_S: Tensor
     num_steps_S: Tensor
+    length_S: Tensor
     threshold_S: Tensor
     entropy_bound_S: Tensor
     current_R: Tensor
@@ -118,14 +121,15 @@ def num_transfer(step: int, num_steps: int, block_length: int) -> int:
 
 
 def quota(candidates: Candidates) -> Tensor:
-    """int64 [S]: how many rows each block accepts by plan: `num_transfer`, but at most and at least what must be.
+    """int64 [S]: how many rows each block accepts by plan: `num_transfer` of its length, but at most and at least what
+    must be.
 
     At most the rows there are. In the last planned step all of them: a block that began with fewer masks than B has
     nothing left by then anyhow, so this only bounds a block that was disturbed.
     """
-    B, T_S, step_S = candidates.block_length, candidates.num_steps_S, candidates.step_index_S
+    B_S, T_S, step_S = candidates.length_S, candidates.num_steps_S, candidates.step_index_S
     rows_S = candidates.indptr_S.diff()
-    planned_S = B // T_S + (step_S < B % T_S).to(torch.int64)
+    planned_S = B_S // T_S + (step_S < B_S % T_S).to(torch.int64)
     return torch.where(step_S >= T_S - 1, rows_S, torch.minimum(planned_S, rows_S))
 
 
@@ -151,6 +155,7 @@ def _select(candidates: Candidates, mine_S: Tensor, mine_R: Tensor) -> Candidate
         indptr_S=torch.cat((counts_S.new_zeros(1), counts_S.cumsum(0))),
         step_index_S=candidates.step_index_S[mine_S],
         num_steps_S=candidates.num_steps_S[mine_S],
+        length_S=candidates.length_S[mine_S],
         threshold_S=candidates.threshold_S[mine_S],
         block_length=candidates.block_length,
         entropy_bound_S=candidates.entropy_bound_S[mine_S],

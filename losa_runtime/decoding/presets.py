@@ -14,6 +14,10 @@ llada2.1-speed: SGLang's JointThreshold with its defaults, LLaDA2.1's mode for s
   replaced whenever the model would now choose another one, 17 steps at most after the last mask (there it is 16 beyond
   the first). Its likeliest tokens are those of temperature 0, which this preset does not set.
 llada2.1-quality: the same with LLaDA2.1's mode for quality: 0.95 and 0.9.
+fast-dllm-v2: Fast-dLLM v2's generation loop. Sub-blocks of 8 from left to right; in the open one all candidates whose
+  confidence exceeds 0.95, the surest one where none does. There it is always the likeliest token, with its unfiltered
+  probability: that rule at temperature 0, which this preset does not set. Its cache of sub-blocks, an approximation
+  that is off by default there, is not had here. A block length that 8 does not divide is refused.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ class Preset(NamedTuple):
     threshold: float
     edit_threshold: float | None = None
     post_edit_steps: int | None = None
+    sub_block_length: int | None = None
 
 
 PRESETS: dict[str, Preset] = {
@@ -36,4 +41,5 @@ PRESETS: dict[str, Preset] = {
     "sglang": Preset("low_confidence_dynamic", threshold=0.95),
     "llada2.1-speed": Preset("joint_threshold", threshold=0.5, edit_threshold=0.0, post_edit_steps=17),
     "llada2.1-quality": Preset("joint_threshold", threshold=0.95, edit_threshold=0.9, post_edit_steps=17),
+    "fast-dllm-v2": Preset("low_confidence_dynamic", threshold=0.95, sub_block_length=8),
 }

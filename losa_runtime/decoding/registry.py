@@ -62,7 +62,36 @@ def resolve(params: DiffusionParams, config: EngineConfig, block_length: int) ->
         wish = getattr(params, knob)
         if wish is not None and knob not in load_algorithm(algorithm).knobs:
             raise _refusal(knob, wish, f"absent: {algorithm!r} does not read it", True)
-    return DecodingParams(algorithm, num_steps=steps or block_length, **{knob: settled(knob) for knob in KNOBS})
+    sub_block = _sub_block_length(params, config, algorithm, settled("sub_block_length"), block_length)
+    if sub_block is not None and steps is not None and steps < block_length // sub_block:
+        allowed = f"{block_length // sub_block} to {block_length}: each sub-block of {sub_block} takes a step"
+        raise _refusal("denoising_steps", steps, allowed, params.denoising_steps is not None or _wanted(params))
+    about = {knob: settled(knob) for knob in KNOBS}
+    return DecodingParams(algorithm, num_steps=steps or block_length, sub_block_length=sub_block, **about)
+
+
+def _sub_block_length(
+    params: DiffusionParams, config: EngineConfig, algorithm: str, wish: int | None, block_length: int
+) -> int | None:
+    """The settled length, None for no sub-blocks: also for an algorithm that has none, where a preset or the engine's
+    default named a length for others. Raises as `resolve`."""
+    if wish is None:
+        return None
+    if load_algorithm(algorithm).edits:
+        if params.sub_block_length is not None or (params.algorithm is None and params.preset is None):
+            allowed = f"absent: {algorithm!r} edits a block as a whole until it ends"
+            raise _refusal("sub_block_length", wish, allowed, params.sub_block_length is not None)
+        return None
+    if block_length % wish:
+        allowed = f"a divisor of the block length of {block_length}"
+        raise _refusal("sub_block_length", wish, allowed, _wanted(params))
+    return wish if wish < block_length else None
+
+
+def _wanted(params: DiffusionParams) -> bool:
+    """Whether the request itself, or its preset, says how long sub-blocks are."""
+    preset = PRESETS.get(params.preset or "")
+    return params.sub_block_length is not None or (preset is not None and preset.sub_block_length is not None)
 
 
 @cache

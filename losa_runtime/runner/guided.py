@@ -27,6 +27,7 @@ from losa_kernels.native.guided import Grammar
 from losa_runtime.core.work import Ids, WorkItem
 from losa_runtime.decoding.sampling import Bans, Sampled, SamplingRows, log_probabilities
 from losa_runtime.runner.choices import Choices, Floats, GuidedBlock, HoleRows, NativeChoices, ReferenceChoices
+from losa_runtime.runner.windows import asked
 
 
 class GuidedBlocks:
@@ -38,11 +39,12 @@ class GuidedBlocks:
         self._chosen: Choices | None = None
         start = 0
         for item in items:
-            assert item.candidates is not None and item.context is not None
+            assert item.context is not None
+            size = asked(item).size
             if item.context.guide is not None:
                 self._items.append(item)
-                self._rows.append(np.arange(start, start + item.candidates.size))
-            start += item.candidates.size
+                self._rows.append(np.arange(start, start + size))
+            start += size
 
     def __bool__(self) -> bool:
         return bool(self._items)

@@ -25,6 +25,7 @@ from losa_runtime.decoding.sampling import Bans, Measures, Sampled, SamplingRows
 from losa_runtime.models.model import BlockDiffusionModel
 from losa_runtime.runner.alternatives import of_score, per_row, wanted
 from losa_runtime.runner.guided import GuidedBlocks
+from losa_runtime.runner.windows import asked, plan, unmaskable
 
 # Elements of one chunk of float32 logits (256 MiB).
 _LOGITS_PER_CHUNK = 1 << 26
@@ -50,8 +51,7 @@ class Unmasker:
         shift = int(self.model.shifted_logits)
         results: dict[int, BlockResult] = {}
         for chunk in self._chunks(items):
-            offsets = [item.candidates for item in items]
-            rows = np.concatenate([_offsets(offsets[s]) + first_rows[s] for s in chunk]) - shift
+            rows = np.concatenate([asked(items[s]) + first_rows[s] for s in chunk]) - shift
             logits_RV = self.model.logits(hidden_TC[torch.from_numpy(rows).to(hidden_TC.device)])
             results.update(self._decide(items, chunk, logits_RV))
         return [results[s] for s in range(len(items))]
@@ -61,7 +61,7 @@ class Unmasker:
         chunk: list[int] = []
         rows = 0
         for s, item in enumerate(items):
-            size = _offsets(item.candidates).size
+            size = asked(item).size
             changes = bool(chunk) and (item.mode is ForwardMode.SCORE) != (items[chunk[-1]].mode is ForwardMode.SCORE)
             if chunk and (rows + size > self.rows_per_chunk or changes):
                 yield chunk
@@ -75,7 +75,7 @@ class Unmasker:
         if items[chunk[0]].mode is ForwardMode.SCORE:
             return self._score(items, chunk, logits_RV)
         mine = [items[s] for s in chunk]
-        sizes = [_offsets(item.candidates).size for item in mine]
+        sizes = [asked(item).size for item in mine]
         guided = GuidedBlocks(mine)
         try:
             sampled = self._sample(mine, sizes, logits_RV, guided)
@@ -99,7 +99,7 @@ class Unmasker:
             rows = slice(start, start + size)
             yes = accepted_R[rows]
             results[s] = BlockResult(
-                _offsets(item.candidates)[yes],
+                asked(item)[yes],
                 token_R[rows][yes],
                 logprob_R[rows][yes],
                 alternatives=None if others is None else _chosen(others[rows], yes),
@@ -120,7 +120,7 @@ class Unmasker:
             item = items[s]
             others = of_score(_context(item), logp_RV[row])
             result = BlockResult(
-                _offsets(item.candidates),
+                asked(item),
                 np.array([item.target]),
                 np.array([logprob]),
                 alternatives=None if others is None else (others,),
@@ -137,9 +137,7 @@ class Unmasker:
         def per_row(values: Sequence[float | int], dtype: torch.dtype) -> Tensor:
             return to_device(np.repeat(values, sizes), dtype, device)
 
-        position_R = queued(
-            torch.from_numpy(np.concatenate([_offsets(item.candidates) + item.start for item in items])), device
-        )
+        position_R = queued(torch.from_numpy(np.concatenate([asked(item) + item.start for item in items])), device)
         seed_R = per_row([c.seed for c in contexts], torch.int64)
         step_R = per_row([item.step for item in items], torch.int64)
         rows = SamplingRows(
@@ -179,7 +177,7 @@ class Unmasker:
         for item, size in zip(items, sizes, strict=True):
             penalty = 0.0 if item.decoding is None else item.decoding.neighbour_penalty
             if penalty and _algorithm(item).edits:
-                left = [(start + i, int(item.tokens[o - 1])) for i, o in enumerate(_offsets(item.candidates)) if o > 0]
+                left = [(start + i, int(item.tokens[o - 1])) for i, o in enumerate(asked(item)) if o > 0]
                 triples.extend((row, token, penalty) for row, token in left if token != self.mask_token_id)
             start += size
         if not triples:
@@ -196,7 +194,7 @@ class Unmasker:
             if context.ban_always:
                 spans.setdefault(context.ban_always, []).append(np.arange(start, start + size))
             if context.ban_early:
-                early = int(np.searchsorted(_offsets(item.candidates), context.early_before - item.start))
+                early = int(np.searchsorted(asked(item), context.early_before - item.start))
                 spans.setdefault(context.ban_early, []).append(np.arange(start, start + early))
             start += size
         if not spans:
@@ -208,18 +206,35 @@ class Unmasker:
 
     def _current(self, item: WorkItem) -> Ids:
         """What stands at an item's candidates; with shifted logits one may lie behind its rows, still a mask."""
-        offsets = _offsets(item.candidates)
+        offsets = asked(item)
         return np.full(offsets.size, self.mask_token_id) if item.mode.stores else item.tokens[offsets]
 
     def _accept(self, items: Sequence[WorkItem], sizes: Sequence[int], sampled: Sampled) -> Verdict:
+        """What the algorithms say of the rows in open sub-blocks; no other is accepted."""
+        open_R = np.concatenate([unmaskable(item) for item in items])
+        if open_R.all():
+            return self._judge(items, sizes, sampled, open_R)
+        few = torch.from_numpy(np.flatnonzero(open_R)).to(sampled.token_R.device)
+        entropy_R, margin_R = (None if x is None else x[few] for x in (sampled.entropy_R, sampled.margin_R))
+        own = (sampled.token_R[few], sampled.confidence_R[few], sampled.logprob_R[few])
+        some = Sampled(*own, entropy_R=entropy_R, margin_R=margin_R)
+        verdict = self._judge(items, [int(unmaskable(item).sum()) for item in items], some, open_R)
+        accepted_R = torch.zeros_like(sampled.token_R, dtype=torch.bool).index_put((few,), verdict.accepted_R)
+        return verdict._replace(accepted_R=accepted_R)
+
+    def _judge(
+        self, items: Sequence[WorkItem], sizes: Sequence[int], sampled: Sampled, open_R: NDArray[np.bool_]
+    ) -> Verdict:
+        """The same of rows that all are in open sub-blocks, `sizes` of each segment. open_R: which of all these are."""
         device = sampled.token_R.device
         decoding = [item.decoding for item in items]
-        offsets = np.concatenate([_offsets(item.candidates) for item in items])
-        current = np.concatenate([self._current(item) for item in items])
-        steps, planned = [item.step for item in items], [d.num_steps for d in decoding if d is not None]
+        offsets = np.concatenate([asked(item) for item in items])[open_R]
+        current = np.concatenate([self._current(item) for item in items])[open_R]
+        taken, planned, lengths = zip(*(plan(item, self.block_length) for item in items), strict=True)
         posts = [item.post_steps for item in items], [d.post_edit_steps for d in decoding if d is not None]
-        about = vectors_to_device([offsets, current, np.cumsum([0, *sizes]), steps, planned, *posts], device)
-        offset_R, current_R, indptr_S, step_index_S, num_steps_S, post_steps_S, post_edit_steps_S = about
+        ends = np.cumsum([0, *sizes])
+        about = vectors_to_device([offsets, current, ends, taken, planned, lengths, *posts], device)
+        offset_R, current_R, indptr_S, step_index_S, num_steps_S, length_S, post_steps_S, post_edit_steps_S = about
         candidates = Candidates(
             token_R=sampled.token_R,
             confidence_R=sampled.confidence_R,
@@ -227,6 +242,7 @@ class Unmasker:
             indptr_S=indptr_S,
             step_index_S=step_index_S,
             num_steps_S=num_steps_S,
+            length_S=length_S,
             threshold_S=to_device([d.threshold for d in decoding if d is not None], torch.float32, device),
             entropy_bound_S=to_device([d.entropy_bound for d in decoding if d is not None], torch.float64, device),
             current_R=current_R,
@@ -249,11 +265,6 @@ def _order(items: Sequence[WorkItem], sizes: Sequence[int], offset_R: Tensor) ->
     about = [[_context(item).seed for item in items], [item.start for item in items], [item.step for item in items]]
     seed_R, start_R, step_R = (to_device(np.repeat(column, sizes), torch.int64, offset_R.device) for column in about)
     return uniform(seed_R ^ ORDER_STREAM, start_R + offset_R, step_R)
-
-
-def _offsets(candidates: np.ndarray | None) -> np.ndarray:
-    assert candidates is not None, "a block segment without candidates"
-    return candidates
 
 
 def _context(item: WorkItem) -> RowContext:

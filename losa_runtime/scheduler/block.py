@@ -24,17 +24,25 @@ class DiffusionBlock:
 
     foretold: with shifted logits, the token of offset 0 comes from the block before, ahead of the first step.
     edits: tokens that were accepted may be replaced until the block is said to be finished.
+    sub_block_length: of the parts that are filled from left to right; None for one part.
     limit: offsets at or behind it are never unmasked (no work past max_new_tokens); they stay MASK to the end, so a
     block whose limit is below B is the request's last and its K/V is never stored.
     """
 
     __slots__ = (
         *("alternatives", "edits", "finished", "foretold", "known", "latest", "limit"),
-        *("logprobs", "masked", "post_steps", "start", "step", "tokens"),
+        *("logprobs", "masked", "post_steps", "start", "step", "sub_block_length", "sub_steps", "tokens"),
     )
 
     def __init__(
-        self, start: int, known: Ids, limit: int, block_length: int, mask_token_id: int, edits: bool = False
+        self,
+        start: int,
+        known: Ids,
+        limit: int,
+        block_length: int,
+        mask_token_id: int,
+        edits: bool = False,
+        sub_block_length: int | None = None,
     ) -> None:
         assert start % block_length == 0 and known.size < block_length and known.size < limit <= block_length
         self.start, self.known, self.limit = start, int(known.size), limit
@@ -47,6 +55,8 @@ class DiffusionBlock:
         self.step = 0
         self.foretold = self.finished = False
         self.edits, self.post_steps = edits, 0
+        self.sub_block_length = sub_block_length or block_length
+        self.sub_steps = 0  # that the open sub-block has taken
         self.latest: tuple[int, ...] = ()  # offsets accepted in the last step
 
     @property
@@ -55,6 +65,12 @@ class DiffusionBlock:
         if self.edits:
             return np.arange(self._given, self.limit)
         return np.flatnonzero(self.masked[: self.limit])
+
+    @property
+    def sub_block(self) -> int:
+        """Number of the open sub-block: the leftmost that has masks; where none has, the one behind the last."""
+        masked = np.flatnonzero(self.masked[: self.limit])
+        return (int(masked[0]) if masked.size else self.tokens.size) // self.sub_block_length
 
     @property
     def unmasked(self) -> int:
@@ -86,8 +102,10 @@ class DiffusionBlock:
         assert (offsets >= self._given).all() and (offsets < self.limit).all()
         self.post_steps += not self.masked[: self.limit].any()
         self.finished = finished
+        was_open = self.sub_block
         self.tokens[offsets], self.logprobs[offsets] = tokens, logprobs
         self.masked[offsets] = False
+        self.sub_steps = self.sub_steps + 1 if self.sub_block == was_open else 0
         self.latest = tuple(offsets.tolist())
         self.step += 1
 

@@ -134,7 +134,9 @@ class Req:
         """The block at `start`, with the known tokens behind it."""
         known: Ids = self.tokens[start : max(start, self.length)].astype(np.int64)
         limit = min(self.block_length, self.settings.limit - start)
-        block = DiffusionBlock(start, known, limit, self.block_length, mask_token_id, self.settings.edits)
+        decoding, edits = self.settings.decoding, self.settings.edits
+        about = (self.block_length, mask_token_id, edits, decoding.sub_block_length)
+        block = DiffusionBlock(start, known, limit, *about)
         if self.first is not None and start == self.length:
             block.foretell(self.first)
         return block

@@ -60,6 +60,7 @@ class WorkItems:
             context=req.row_context(),
             unmasked=block.unmasked,
             post_steps=block.post_steps,
+            window=req.settings.decoding.window(block.sub_block, block.sub_steps, self._block_length),
         )
 
     def scores(self, req: Req, count: int) -> list[WorkItem]:

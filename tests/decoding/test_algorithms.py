@@ -52,6 +52,7 @@ def candidates_of(block_length: int, blocks: list[Block]) -> Candidates:
         indptr_S=torch.tensor(ends),
         step_index_S=torch.tensor([b[1] for b in blocks], dtype=torch.int64),
         num_steps_S=torch.tensor([b[2] for b in blocks], dtype=torch.int64),
+        length_S=torch.full((len(blocks),), block_length),
         threshold_S=torch.tensor([b[3] for b in blocks], dtype=torch.float64),
         entropy_bound_S=torch.tensor([BOUND for _ in blocks], dtype=torch.float64),
         current_R=torch.full((len(rows),), MASK),

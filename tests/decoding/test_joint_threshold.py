@@ -60,6 +60,7 @@ def test_thousands_of_blocks_equal_the_definition() -> None:
         indptr_S=sizes.cumsum(0),
         step_index_S=zeros,
         num_steps_S=zeros + B,
+        length_S=zeros + B,
         threshold_S=torch.tensor([block.threshold for block in blocks], dtype=torch.float64),
         entropy_bound_S=zeros.double(),
         current_R=current_R,

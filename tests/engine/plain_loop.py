@@ -41,9 +41,11 @@ def generate(
     vocab_size: int | None = None,
     stop: tuple[int, ...] = (),
     seen_logits: list[Tensor] | None = None,
+    sub_block: int | None = None,
 ) -> list[int]:
     """Greedy block diffusion; returns the output tokens up to and including the first stop token. threshold: of the
-    dynamic rule, or the bound of the entropy-bounded one.
+    dynamic rule, or the bound of the entropy-bounded one. sub_block: positions that are filled before the next ones,
+    each time by the rule for a block of so many, in its share of the steps; seen_logits then has their rows only.
 
     Of a model with shifted logits, row i - 1 speaks for position i, and a block's first position is filled before any
     step by the last row of the whole blocks before it.
@@ -60,9 +62,13 @@ def generate(
             logits[mask] = logits[vocab_size or logits.shape[0] :] = -torch.inf
             x.append(int(logits.argmax()))
         x += [mask] * (start + b - len(x))
-        for step in range(steps):
-            open_ = [i for i in range(start, min(start + b, end)) if x[i] == mask]
-            if not open_ or _stops(x[len(prompt) : end], stop, mask) is not None:
+        size = sub_block or b
+        shares = [steps // (b // size) + (j < steps % (b // size)) for j in range(b // size)]
+        for part, step in [(j, s) for j, share in enumerate(shares) for s in range(share)]:
+            open_ = [i for i in range(start + part * size, min(start + part * size + size, end)) if x[i] == mask]
+            if not open_:
+                continue
+            if _stops(x[len(prompt) : end], stop, mask) is not None:
                 break
             logits = forward(model, x)[[i - shift for i in open_]]
             if seen_logits is not None:
@@ -70,7 +76,8 @@ def generate(
             logits[:, mask] = logits[:, vocab_size or logits.shape[1] :] = -torch.inf
             best = logits.argmax(-1)
             sure = logits.softmax(-1)[torch.arange(len(open_)), best]
-            n = len(open_) if step == steps - 1 else min(len(open_), b // steps + (step < b % steps))
+            n = min(len(open_), size // shares[part] + (step < size % shares[part]))
+            n = len(open_) if step == shares[part] - 1 else n
             order = sorted(range(len(open_)), key=lambda i: (-float(sure[i]), i))
             if rule == "sequential":
                 order = list(range(len(open_)))

@@ -312,6 +312,20 @@ MUTANTS = (
         "tests/engine/test_shifted_logits.py",
     ),
     Mutant(
+        "a grammar accepts tokens of sub-blocks that are not open",
+        "losa_runtime/runner/windows.py",
+        "else offsets < item.window.stop",
+        "else offsets >= 0",
+        "tests/engine/test_sub_blocks.py",
+    ),
+    Mutant(
+        "a sub-block goes on with the plan of the one before",
+        SCHEDULER + "block.py",
+        "self.sub_steps + 1 if self.sub_block == was_open else 0",
+        "self.sub_steps + 1",
+        "tests/decoding/test_sub_blocks.py",
+    ),
+    Mutant(
         "an expert's weight has the bias of the choice",
         "losa_runtime/layers/router.py",
         "weight_TK = score_TE.gather(-1, chosen_TK)",

@@ -218,8 +218,6 @@ class Engine:
                 f"at most {limit - len(ids)} behind a prompt of {len(ids)} tokens (context length {limit})",
             )
         self._check_ids(ids)
-        if request.score is not None and request.score.start == 0 and self.parts.runner.model.shifted_logits and ids:
-            raise InvalidRequest("logprob_start_len", 0, "at least 1: this model predicts a token from the one before")
         if request.score is not None and request.score.start > len(ids):
             raise InvalidRequest("logprob_start_len", request.score.start, f"at most the prompt's {len(ids)} tokens")
 
@@ -269,6 +267,7 @@ class Engine:
             text=TextStream(Detokenizer(tokenizer, params.skip_special_tokens), params.stop, params.no_stop_trim),
             guide=guide,
             edits=edits,
+            scored_from=int(self.parts.runner.model.shifted_logits),
             sparse_from=self.parts.least_prefix.of(sparse, decoding),
             dense=self.parts.least_prefix.dense,
         )

@@ -88,8 +88,9 @@ class LLM:
         finally:
             self._abandon([request])
 
-    def score(self, prompts: Prompt | Sequence[Prompt], start: int = 0) -> list[tuple[float, ...]]:
-        """Log-probabilities of the prompts' tokens from position `start` on (see ScoreSpec for the definition).
+    def score(self, prompts: Prompt | Sequence[Prompt], start: int = 0) -> list[tuple[float | None, ...]]:
+        """Log-probabilities of the prompts' tokens from position `start` on (see ScoreSpec for the definition); None
+        for the first token of a model with shifted logits.
 
         Raises InvalidRequest before any work, LosaError if the engine could not score a prompt.
         """
@@ -183,7 +184,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [many] if one else many
 
 
-def _scores(last: RequestOutput) -> tuple[float, ...]:
+def _scores(last: RequestOutput) -> tuple[float | None, ...]:
     assert last.finish is not None
     if last.finish.type == "error":
         raise LosaError(f"a prompt could not be scored: {last.finish.message}")

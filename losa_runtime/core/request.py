@@ -16,6 +16,7 @@ class ScoreSpec(BaseModel):
 
     start: first prompt position to be scored. The score of token i is log p(x_i | all earlier blocks, the tokens
     before i in its own block, MASK from i to the end of the block): the chain rule from left to right inside a block.
+    With shifted logits nothing speaks for token 0, whose score is None.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -120,7 +121,8 @@ class RequestOutput(BaseModel):
     """News about one request; `text` and `token_ids` hold only what is new. Exactly one output has a `finish`.
 
     Text is final when it is sent: only accepted tokens, never part of a possible stop string, never half a character.
-    prompt_logprobs: for a scoring request, one value per prompt position from `ScoreSpec.start`, on the last output.
+    prompt_logprobs: for a scoring request, one value per prompt position from `ScoreSpec.start`, on the last output;
+    None (and no alternatives) for a first token that nothing speaks for.
     output_logprobs: one value per new token id, if asked for. prompt_alternatives, output_alternatives: one beside each
     of these values, if asked for. trace: denoising steps since the last output, for a request that asked for them.
     """
@@ -130,9 +132,9 @@ class RequestOutput(BaseModel):
     text: str = ""
     token_ids: tuple[int, ...] = ()
     output_logprobs: tuple[float, ...] | None = None
-    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_logprobs: tuple[float | None, ...] | None = None
     output_alternatives: tuple[Alternatives, ...] | None = None
-    prompt_alternatives: tuple[Alternatives, ...] | None = None
+    prompt_alternatives: tuple[Alternatives | None, ...] | None = None
     trace: tuple[StepTrace, ...] = ()
     finish: FinishReason | None = None
     prompt_tokens: int = 0

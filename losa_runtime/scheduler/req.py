@@ -33,7 +33,8 @@ class ReqSettings(NamedTuple):
     limit: end position (exclusive) of prompt + output. stop_ids: tokens that end the output. ban_always: ids that are
     never chosen (EOS under ignore_eos); ban_early: ids not chosen before min_new_tokens. text: its stream of text.
     sparse: what blocks read; behind fewer than `sparse_from` tokens they read `dense` instead. guide: what the output
-    must match, if anything. edits: whether the decoding algorithm may replace tokens that it has accepted.
+    must match, if anything. edits: whether the decoding algorithm may replace tokens that it has accepted. scored_from:
+    prompt positions before it have no score.
     """
 
     seed: int
@@ -48,6 +49,7 @@ class ReqSettings(NamedTuple):
     sparse_from: int = 0
     dense: SparseParams | None = None
     edits: bool = False
+    scored_from: int = 0
 
     def reading(self, prefix: int) -> SparseParams:
         """What a block behind so many tokens reads, in all its steps."""
@@ -84,8 +86,10 @@ class Req:
         self.block: DiffusionBlock | None = None
         self.opening: DiffusionBlock | None = None
         self.first: FirstToken | None = None
-        self.scores: list[float] = []
-        self.score_alternatives: list[Alternatives] = []
+        start = self.prompt_len if request.score is None else request.score.start
+        unscored = max(0, min(settings.scored_from, self.prompt_len) - start)
+        self.scores: list[float | None] = [None] * unscored
+        self.score_alternatives: list[Alternatives | None] = [None] * unscored
         self.completion_tokens = 0
         self.ended = False  # its ending has been told
         self.cached_tokens: int | None = None

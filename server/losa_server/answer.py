@@ -12,7 +12,8 @@ LARGEST_LOGPROB = -1e-9
 
 @dataclass
 class Answer:
-    """Grows with every `add`; `finish` is None until the request has ended. Log-probabilities are natural, below 0.
+    """Grows with every `add`; `finish` is None until the request has ended. Log-probabilities are natural, below 0, or
+    None for a prompt's first token that has none.
 
     trace: denoising steps that nobody has taken out yet (`take_trace`), for a request that asked for them.
     """
@@ -20,9 +21,9 @@ class Answer:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[float] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float | None] = field(default_factory=list)
     output_alternatives: list[Alternatives] = field(default_factory=list)
-    prompt_alternatives: list[Alternatives] = field(default_factory=list)
+    prompt_alternatives: list[Alternatives | None] = field(default_factory=list)
     trace: list[StepTrace] = field(default_factory=list)
     finish: FinishReason | None = None
     prompt_tokens: int = 0
@@ -36,9 +37,10 @@ class Answer:
             self.text += output.text
             self.token_ids.extend(output.token_ids)
             self.output_logprobs.extend(_below_zero(output.output_logprobs))
-            self.prompt_logprobs.extend(_below_zero(output.prompt_logprobs))
+            self.prompt_logprobs.extend(None if p is None else _capped(p) for p in output.prompt_logprobs or ())
             self.output_alternatives.extend(map(_others_below_zero, output.output_alternatives or ()))
-            self.prompt_alternatives.extend(map(_others_below_zero, output.prompt_alternatives or ()))
+            others = output.prompt_alternatives or ()
+            self.prompt_alternatives.extend(None if o is None else _others_below_zero(o) for o in others)
             self.trace.extend(output.trace)
             self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
             self.completion_tokens, self.stats = output.completion_tokens, output.stats
@@ -51,7 +53,11 @@ class Answer:
 
 
 def _below_zero(values: tuple[float, ...] | None) -> tuple[float, ...]:
-    return tuple(min(value, LARGEST_LOGPROB) for value in values or ())
+    return tuple(map(_capped, values or ()))
+
+
+def _capped(value: float) -> float:
+    return min(value, LARGEST_LOGPROB)
 
 
 def _others_below_zero(others: Alternatives) -> Alternatives:

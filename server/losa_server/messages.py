@@ -183,20 +183,23 @@ def finite_logprob(value: float) -> float:
     return LOGPROB_FLOOR if math.isnan(value) or value < LOGPROB_FLOOR else min(value, 0.0)
 
 
-def _finite_values(values: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(finite_logprob(value) for value in values)
+def _finite_values(values: tuple[float | None, ...]) -> tuple[float | None, ...]:
+    return tuple(None if value is None else finite_logprob(value) for value in values)
+
+
+def _finite_others(others: Alternatives) -> Alternatives:
+    top, asked = (tuple(map(finite_logprob, values)) for values in (others.top_logprobs, others.asked))
+    return others._replace(top_logprobs=top, asked=asked)
 
 
 def _finite(output: RequestOutput) -> RequestOutput:
     changes: dict[str, tuple[Any, ...]] = {}
     for name in ("output_logprobs", "prompt_logprobs"):
-        values: tuple[float, ...] | None = getattr(output, name)
+        values: tuple[float | None, ...] | None = getattr(output, name)
         if values is not None:
             changes[name] = _finite_values(values)
     for name in ("output_alternatives", "prompt_alternatives"):
-        others: tuple[Alternatives, ...] | None = getattr(output, name)
+        others: tuple[Alternatives | None, ...] | None = getattr(output, name)
         if others is not None:
-            changes[name] = tuple(
-                o._replace(top_logprobs=_finite_values(o.top_logprobs), asked=_finite_values(o.asked)) for o in others
-            )
+            changes[name] = tuple(None if o is None else _finite_others(o) for o in others)
     return output.model_copy(update=changes) if changes else output

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from losa_runtime import LLM, SamplingParams
-from losa_runtime.core.errors import InvalidRequest
-from losa_runtime.core.request import Request, RequestOutput
+from losa_runtime.core.request import Request, RequestOutput, ScoreSpec
 from losa_runtime.core.sampling_params import DiffusionParams
 from losa_runtime.models.random_checkpoint import write_random_checkpoint
 from tests.engine import plain_loop
@@ -103,9 +102,22 @@ def test_scores_follow_the_chain_rule(llm: LLM) -> None:
         assert score == pytest.approx(float(logits.log_softmax(-1)[ids[i]]), abs=1e-4)
 
 
-def test_the_first_token_of_all_has_no_score(llm: LLM) -> None:
-    with pytest.raises(InvalidRequest, match="logprob_start_len: found 0, allowed: at least 1: this model predicts"):
-        llm.score([prompt(9, 4)], start=0)
+@pytest.mark.parametrize("length", [1, 2, BLOCK, BLOCK + 1, 20])
+def test_the_first_token_of_all_has_no_score(llm: LLM, length: int) -> None:
+    ids = prompt(length, 4)
+    [whole], [rest] = llm.score([ids], start=0), llm.score([ids], start=1)
+    assert whole[0] is None and whole[1:] == rest and len(whole) == length
+    about = {"top_logprobs": 2, "logprob_ids": (7,)}
+    request = Request(rid="r", prompt_ids=tuple(ids), sampling=params(3), score=ScoreSpec(start=0), **about)
+    last = run(llm, request)[-1]
+    assert last.prompt_logprobs is not None and last.prompt_alternatives is not None
+    assert last.prompt_logprobs == pytest.approx(whole) and last.completion_tokens == 3
+    assert last.prompt_alternatives[0] is None and len(last.prompt_alternatives) == length
+    assert all(other is not None and len(other.top_ids) == 2 for other in last.prompt_alternatives[1:])
+
+
+def test_no_prompt_has_no_first_token(llm: LLM) -> None:
+    assert llm.score([[]], start=0) == [()]
 
 
 @pytest.mark.parametrize("mode", ["map", "valid"])

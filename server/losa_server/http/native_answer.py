@@ -17,7 +17,8 @@ Entry = list[Any]  # [logprob, token_id, text or null]
 def native_answer(
     generation: Generation, tokenizer: TokenizerFace, with_texts: bool, with_prompt_ids: bool
 ) -> dict[str, Any]:
-    """`{"text", "output_ids", "meta_info"}`. Log-probability entries are `[logprob, token_id, text or null]`."""
+    """`{"text", "output_ids", "meta_info"}`. Log-probability entries are `[logprob, token_id, text or null]`,
+    with null for the log-probability of a prompt's first token that has none, and for its alternatives."""
     answer = generation.answer
     meta = meta_info(generation)
     if generation.ask.output_logprobs:
@@ -29,7 +30,7 @@ def native_answer(
 def _logprobs(generation: Generation, tokenizer: TokenizerFace, with_texts: bool) -> dict[str, Any]:
     ask, answer = generation.ask, generation.answer
 
-    def entries(values: Sequence[float], ids: Sequence[int]) -> list[Entry]:
+    def entries(values: Sequence[float | None], ids: Sequence[int]) -> list[Entry]:
         pairs = zip(values, ids, strict=False)
         return [[value, token, tokenizer.token_text(token) if with_texts else None] for value, token in pairs]
 
@@ -40,12 +41,15 @@ def _logprobs(generation: Generation, tokenizer: TokenizerFace, with_texts: bool
         "output_token_logprobs": entries(answer.output_logprobs, answer.token_ids),
         "output_token_logprobs_length": len(answer.output_logprobs),
     }
-    sides: dict[str, list[Alternatives]] = {"input": answer.prompt_alternatives, "output": answer.output_alternatives}
+    inputs, outputs = answer.prompt_alternatives, answer.output_alternatives
+    sides: dict[str, Sequence[Alternatives | None]] = {"input": inputs, "output": outputs}
     for side, others in sides.items():
         if ask.top_logprobs:
-            meta[f"{side}_top_logprobs"] = [entries(o.top_logprobs, o.top_ids) for o in others]
+            meta[f"{side}_top_logprobs"] = [None if o is None else entries(o.top_logprobs, o.top_ids) for o in others]
         if ask.logprob_ids:
-            meta[f"{side}_token_ids_logprobs"] = [entries(o.asked, ask.logprob_ids) for o in others]
+            meta[f"{side}_token_ids_logprobs"] = [
+                None if o is None else entries(o.asked, ask.logprob_ids) for o in others
+            ]
     return meta
 
 

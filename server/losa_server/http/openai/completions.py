@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from losa_runtime.core.errors import InvalidRequest, LosaError
+from losa_runtime.core.request import Alternatives
 from losa_server.errors import ClientGone
 from losa_server.http.body import read_object, unless_disconnected
 from losa_server.http.fields import flag
@@ -115,7 +116,8 @@ class TextChoices:
         if self._call.logprobs is None or not (ids or generation.finished):
             return None
         lines = self._logprobs.setdefault(index, TextLogprobs(self._tokenizer, self._call.logprobs))
-        values, others = answer.output_logprobs[start:], answer.output_alternatives[start:]
+        values: list[float | None] = [*answer.output_logprobs[start:]]
+        others: list[Alternatives | None] = [*answer.output_alternatives[start:]]
         if self._echo:  # not in a stream, so this is all there is
             ids = [*generation.prompt_ids[: len(answer.prompt_logprobs)], *ids]
             values, others = [*answer.prompt_logprobs, *values], [*answer.prompt_alternatives, *others]

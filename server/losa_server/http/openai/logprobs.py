@@ -23,8 +23,9 @@ class TextLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = 0
 
-    def of(self, ids: Sequence[int], values: Sequence[float], others: Sequence[Alternatives]) -> Json:
-        """The next tokens. text_offset: characters of the whole text (special tokens included) before each."""
+    def of(self, ids: Sequence[int], values: Sequence[float | None], others: Sequence[Alternatives | None]) -> Json:
+        """The next tokens, null where there is no value. text_offset: characters of the whole text (special tokens
+        included) before each."""
         texts = [self._tokenizer.token_text(i) for i in ids]
         offsets = []
         for piece in self._tokenizer.pieces(ids, skip_special_tokens=False):
@@ -33,8 +34,10 @@ class TextLogprobs:
         tops = [self._row(*entry) for entry in zip(texts, values, others, strict=True)] if self._top else None
         return {"tokens": texts, "token_logprobs": list(values), "top_logprobs": tops, "text_offset": offsets}
 
-    def _row(self, text: str, value: float, others: Alternatives) -> dict[str, float]:
+    def _row(self, text: str, value: float | None, others: Alternatives | None) -> dict[str, float] | None:
         """The likeliest and the token itself; of several that look alike the likeliest."""
+        if value is None or others is None:
+            return None
         row: dict[str, float] = {}
         for token, logprob in zip(others.top_ids, others.top_logprobs, strict=True):
             row.setdefault(self._tokenizer.token_text(token), logprob)

@@ -159,7 +159,7 @@ const Shape* Grammar::shared(Shape&& shape) {
       for (int32_t i = kept->starts[g]; i < kept->starts[g + 1]; ++i)
         kept->group_of[kept->ids[i]] = static_cast<int32_t>(g);
   }
-  held_ += static_cast<int64_t>(sizeof(Shape) + 4 * (kept->ids.size() + kept->starts.size() + kept->group_of.size()));
+  held_ += static_cast<int64_t>(sizeof(Shape)) + kept->bytes();
   by_hash_.emplace(hash, kept.get());
   shapes_.push_back(std::move(kept));
   return shapes_.back().get();

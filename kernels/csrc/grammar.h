@@ -33,6 +33,7 @@ struct Shape {
   std::vector<int32_t> ids, starts;
   std::vector<int32_t> group_of;  // [V], -1 = in none; of wide shapes only
   int64_t number;                 // among all shapes
+  int64_t bytes() const { return 4 * static_cast<int64_t>(ids.size() + starts.size() + group_of.size()); }
 };
 
 // What may follow in a state: group g of the shape leads to targets[g], ascending.

@@ -86,25 +86,34 @@ void over_blocks(const LosaRun* run, const LosaGuided& guided, Work work, Prepar
   }
 }
 
+int64_t likeliest_of(const LosaGuided& guided, int64_t b) {
+  return static_cast<Held*>(guided.grammars[b])->likeliest;
+}
+
+// A block of this many bytes of rows can be remembered as a whole, so that its next step does not make them anew.
+int64_t most_of(const LosaGuided& guided, int64_t b) {
+  return static_cast<Held*>(guided.grammars[b])->limit;
+}
+
 // Choices for the holes of a block as it stands. 1 done, 0 impossible, -1 a row is missing.
 int fill(const LosaGuided& guided, int64_t b, const int64_t* tokens, const HoleRow* rows, int64_t only,
          Choice* choices) {
   Paths& paths = paths_of_thread();
-  paths.begin(grammar_of(guided, b), block_of(guided, b, tokens), static_cast<Held*>(guided.grammars[b])->likeliest);
+  paths.begin(grammar_of(guided, b), block_of(guided, b, tokens), likeliest_of(guided, b), most_of(guided, b));
   if (!paths.forward(nullptr)) return -1;
   return paths.choose(rows, {guided.path[b] != 0, guided.drawn[b] != 0, only}, choices);
 }
 
 void prepare(const LosaGuided& guided, int64_t b, const int64_t* tokens) {
   Paths& paths = paths_of_thread();
-  paths.begin(grammar_of(guided, b), block_of(guided, b, tokens), 0);
+  paths.begin(grammar_of(guided, b), block_of(guided, b, tokens), 0, most_of(guided, b));
   paths.forward(&grammar_of(guided, b));
 }
 
 // Whether a token was well placed: 1 some path is left, 0 none, -1 a row is missing.
 int fits(const LosaGuided& guided, int64_t b, const int64_t* tokens, int64_t placed) {
   Paths& paths = paths_of_thread();
-  paths.begin(grammar_of(guided, b), block_of(guided, b, tokens, placed), 0);
+  paths.begin(grammar_of(guided, b), block_of(guided, b, tokens, placed), 0, most_of(guided, b));
   return paths.forward(nullptr) ? paths.possible() : -1;
 }
 
@@ -251,8 +260,10 @@ extern "C" int losa_settle(LosaRun* run, const LosaGuided* guided, const uint8_t
                            int64_t* chosen, double* logprob) {
   return guarded(run, [&](const Level&) {
     const std::vector<int64_t> first = first_holes(*guided);
-    for (int64_t i = 0; i < guided->holes; ++i)
-      if (chosen[i] < 0 || chosen[i] >= guided->width) throw Refusal("chosen: found %lld", (long long)chosen[i]);
+    for (int64_t b = 0; b < guided->blocks; ++b)
+      for (int64_t i = first[b]; i < first[b + 1]; ++i)
+        if (chosen[i] < 0 || chosen[i] >= grammar_of(*guided, b).words->size)
+          throw Refusal("chosen: found %lld", (long long)chosen[i]);
     std::vector<Settling> settling(guided->blocks);
     for (int64_t b = 0; b < guided->blocks; ++b)
       if (!guided->path[b]) settling[b] = settling_of(*guided, b, first[b], accepted, confidence);

@@ -165,9 +165,9 @@ LOSA_API int losa_words_new(LosaRun*, int64_t size, const int64_t* starts, const
 LOSA_API void losa_words_free(void* words);  // grammars made of it stay whole
 
 // An automaton seen through a vocabulary; ends: ids that end an output where it may end. Its rows are made when they
-// are first needed, and forgotten when they hold more than `limit` bytes. States with more than `wide` ids are judged
-// by the `likeliest` ids of a hole. work: of one search for the fewest tokens left, in ids looked at. Not for two calls
-// at once.
+// are first needed, and forgotten when they hold more than `limit` bytes; a block that needs more than that at once is
+// refused. States with more than `wide` ids are judged by the `likeliest` ids of a hole. work: of one search for the
+// fewest tokens left, in ids looked at. Not for two calls at once.
 LOSA_API int losa_grammar_new(LosaRun*, void* words, const LosaAutomaton*, const int32_t* ends, int64_t end_count,
                               int64_t wide, int64_t likeliest, int64_t work, int64_t limit, void** grammar);
 LOSA_API void losa_grammar_free(void* grammar);

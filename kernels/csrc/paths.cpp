@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "driver.h"
+
 namespace losa {
 
 namespace {
@@ -22,8 +24,8 @@ double HoleRow::score(int64_t id) const {
   return kept && !kept[id] ? plain(id) - kFiltered : plain(id);
 }
 
-void Paths::begin(const Grammar& grammar, const Block& block, int64_t likeliest) {
-  grammar_ = &grammar, block_ = block, likeliest_ = likeliest;
+void Paths::begin(const Grammar& grammar, const Block& block, int64_t likeliest, int64_t most) {
+  grammar_ = &grammar, block_ = block, likeliest_ = likeliest, most_ = most;
   const size_t states = grammar.done + 1, size = grammar.words->size, positions = block.length + 1;
   if (met_.size() < states) met_.resize(states, 0), behind_.resize(states), linear_.resize(states);
   if (weighed_.size() < size) weighed_.resize(size, 0), liked_.resize(size, 0), score_.resize(size), p_.resize(size);
@@ -43,7 +45,16 @@ void Paths::meet(int32_t state, std::vector<int32_t>& states) {
   states.push_back(state);
 }
 
+// Takes a shape off the room for shapes, if it was not yet. False: there is none left.
+bool Paths::fits(const Shape& shape) {
+  if (shape.number >= static_cast<int64_t>(counted_.size())) counted_.resize(shape.number + 1, 0);
+  if (!counted_[shape.number]) counted_[shape.number] = 1, room_ -= shape.bytes();
+  return room_ >= 0;
+}
+
 bool Paths::forward(Grammar* maker) {
+  counted_.assign(grammar_->shapes(), 0);
+  room_ = most_;
   before_[0].assign(1, block_.state);
   for (int64_t i = 0; i < block_.length; ++i) {
     std::vector<int32_t>& behind = before_[i + 1];
@@ -58,7 +69,12 @@ bool Paths::forward(Grammar* maker) {
         meet(state, behind);
       } else {
         if (!grammar_->row(state) && !maker) return false;
-        for (const int32_t target : (maker ? maker->make(state) : *grammar_->row(state)).targets) meet(target, behind);
+        const Row& row = maker ? maker->make(state) : *grammar_->row(state);
+        if (!fits(*row.shape)) {
+          if (!maker) return false;
+          throw Refusal("the states of a block have more than %lld bytes of tokens", (long long)most_);
+        }
+        for (const int32_t target : row.targets) meet(target, behind);
       }
     }
   }

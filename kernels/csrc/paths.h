@@ -44,9 +44,11 @@ constexpr double kFiltered = 1e4;
 
 class Paths {
  public:
-  // For a block of `grammar`, which is not to change before all is done.
-  void begin(const Grammar& grammar, const Block& block, int64_t likeliest);
-  // The states before each position. False: a row or a search is missing; with a maker it is made.
+  // For a block of `grammar`, which is not to change before all is done. most: bytes that the distinct shapes of all
+  // its rows may have, so that no block takes a memory and a time without bounds.
+  void begin(const Grammar& grammar, const Block& block, int64_t likeliest, int64_t most);
+  // The states before each position. False: a row or a search is missing, or there is too much; with a maker what is
+  // missing is made, and too much is refused.
   bool forward(Grammar* maker);
   // Behind `forward`: whether some path can be used.
   bool possible() const;
@@ -65,6 +67,7 @@ class Paths {
     bool exact;  // all its tokens were looked at
   };
   void meet(int32_t state, std::vector<int32_t>& states);
+  bool fits(const Shape& shape);
   void set_behind(int64_t position);
   void lead_token(int64_t position);
   bool lead_hole(int64_t position);
@@ -84,7 +87,8 @@ class Paths {
 
   const Grammar* grammar_ = nullptr;
   Block block_ = {};
-  int64_t likeliest_ = 0;
+  int64_t likeliest_ = 0, most_ = 0, room_ = 0;  // room_: of most_, what is left
+  std::vector<uint8_t> counted_;                 // [shapes] whether a shape was taken off it
   std::vector<std::vector<int32_t>> before_;     // [length + 1] states
   std::vector<std::vector<double>> value_;       // of each: of what follows; minus infinity = leads nowhere
   std::vector<double> behind_, linear_;          // [S + 1] values behind the position that is looked at

@@ -96,8 +96,8 @@ class BlockResult(NamedTuple):
     """The outcome of one segment. offsets: accepted candidates; tokens, logprobs: theirs; for SCORE: the score of the
     one candidate; empty for a store segment without a candidate. cost: of a denoising step, else None. error: why the
     segment has no usable result (logits, or K/V that were stored, are not numbers); offsets, tokens and logprobs are
-    then empty. alternatives: one beside each logprob, where the request wants them. finished: the block needs no
-    further step; read where its algorithm edits."""
+    then empty. refused: the numbers are fine, but the request asks too much. alternatives: one beside each logprob,
+    where the request wants them. finished: the block needs no further step; read where its algorithm edits."""
 
     offsets: Ids
     tokens: Ids
@@ -106,9 +106,10 @@ class BlockResult(NamedTuple):
     error: str | None = None
     alternatives: tuple[Alternatives, ...] | None = None
     finished: bool = False
+    refused: bool = False
 
 
-def nothing(error: str | None = None) -> BlockResult:
+def nothing(error: str | None = None, refused: bool = False) -> BlockResult:
     """The result of a segment that has brought no token."""
     none = np.empty(0, dtype=np.int64)
-    return BlockResult(none, none, none.astype(np.float64), error=error)
+    return BlockResult(none, none, none.astype(np.float64), error=error, refused=refused)

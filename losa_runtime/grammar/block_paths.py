@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_runtime.grammar.token_automaton import NOWHERE, Layer, Shape, TokenAutomaton
+from losa_runtime.grammar.token_automaton import NOWHERE, Layer, Shape, ShapeRoom, TokenAutomaton
 
 LIKELIEST = 1024
 
@@ -38,7 +38,10 @@ class Block(NamedTuple):
 
 
 class Reach:
-    """The states that usable paths pass: good[i], bool [S], before position i, and behind the last one."""
+    """The states that usable paths pass: good[i], bool [S], before position i, and behind the last one.
+
+    Raises ValueError where the block needs more of the automaton's rows than may be remembered at once.
+    """
 
     def __init__(self, automaton: TokenAutomaton, block: Block) -> None:
         self.automaton, self.block = automaton, block
@@ -76,6 +79,7 @@ class Reach:
     def _forward(self) -> list[Ids]:
         """The states before each position and behind the last, ascending."""
         automaton, before = self.automaton, [np.array([self.block.state])]
+        room = ShapeRoom(automaton.limit)
         for token in self.block.tokens.tolist():
             states = before[-1]
             if token >= 0:
@@ -86,6 +90,8 @@ class Reach:
             inner = states[states != automaton.done]
             layer = automaton.layer(inner) if inner.size else None
             self.layers.append(layer)
+            for shape, _ in () if layer is None else layer.shapes.values():
+                room.take(shape)
             behind = inner if layer is None else layer.behind
             ended = inner.size < states.size and not (behind.size and behind[-1] == automaton.done)
             before.append(np.append(behind, automaton.done) if ended else behind)

@@ -20,17 +20,17 @@ Ids = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 NOWHERE = -1
 FAR = 2**31 - 1
-REMEMBERED_BYTES = 128 << 20  # of rows, per automaton; then all are forgotten
+REMEMBERED_BYTES = 128 << 20  # of rows, per automaton; then all are forgotten. A block that needs more is refused
 REMEMBERED_LAYERS, REMEMBERED_STEPS = 512, 4096
 WIDE = 4096  # tokens
 
 
 class Shape:
     """Tokens in groups that lead to the same state, whatever that is: group g is ids[starts[g] : starts[g + 1]], the
-    last one goes to the end. States that count something have equal shapes, and so share one."""
+    last one goes to the end. States that count something have equal shapes, and so share one. digest: of both."""
 
-    def __init__(self, ids: NDArray[np.int32], starts: Ids, vocabulary_size: int) -> None:
-        self.ids, self.starts, self._size = ids, starts, vocabulary_size
+    def __init__(self, ids: NDArray[np.int32], starts: Ids, vocabulary_size: int, digest: bytes) -> None:
+        self.ids, self.starts, self._size, self.digest = ids, starts, vocabulary_size, digest
         self.wide = ids.size > WIDE
 
     @cached_property
@@ -49,6 +49,27 @@ class Shape:
     def bytes(self) -> int:
         """What it takes, about."""
         return self.ids.nbytes * 3 + (4 * self._size if self.wide else 0)
+
+    @property
+    def counted_bytes(self) -> int:
+        """What it counts of the most that a block may need: as in C++, where it takes that."""
+        return 4 * (self.ids.size + self.starts.size + 1 + (self._size if self.wide else 0))
+
+
+class ShapeRoom:
+    """How many bytes of distinct shapes there may still be."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._left = limit, limit
+        self._seen: set[bytes] = set()
+
+    def take(self, shape: Shape) -> None:
+        """Take a shape off it, if it was not yet. Raises ValueError where there is no room left."""
+        if shape.digest not in self._seen:
+            self._seen.add(shape.digest)
+            self._left -= shape.counted_bytes
+        if self._left < 0:
+            raise ValueError(f"the states of a block have more than {self._limit} bytes of tokens")
 
 
 class TokenRow(NamedTuple):
@@ -111,10 +132,17 @@ class Layer:
 
 
 class TokenAutomaton:
-    """A byte automaton seen through a vocabulary. ends: ids that end an output where it may end."""
+    """A byte automaton seen through a vocabulary. ends: ids that end an output where it may end. limit: bytes of rows
+    that are remembered, and that a block may need at once."""
 
-    def __init__(self, automaton: ByteAutomaton, vocabulary: Vocabulary, ends: frozenset[int]) -> None:
-        self.automaton, self.vocabulary = automaton, vocabulary
+    def __init__(
+        self,
+        automaton: ByteAutomaton,
+        vocabulary: Vocabulary,
+        ends: frozenset[int],
+        limit: int = REMEMBERED_BYTES,
+    ) -> None:
+        self.automaton, self.vocabulary, self.limit = automaton, vocabulary, limit
         self.ends: Ids = np.array(sorted(ends), dtype=np.int64)
         self.done = automaton.states
         self._rows: dict[int, TokenRow] = {}
@@ -133,7 +161,7 @@ class TokenAutomaton:
         """All that may follow in a state."""
         found = self._rows.get(state)
         if found is None:
-            if self._remembered > REMEMBERED_BYTES:
+            if self._remembered > self.limit:
                 self._rows, self._shapes, self._layers, self._remembered = {}, {}, {}, 0
             found = self._rows[state] = self._make(state)
             self._remembered += 256 + found.targets.nbytes
@@ -144,7 +172,11 @@ class TokenAutomaton:
         key = states.tobytes()
         found = self._layers.get(key)
         if found is None:
-            found = Layer(states, [self.row(int(state)) for state in states])
+            room, rows = ShapeRoom(self.limit), []
+            for state in states:
+                rows.append(self.row(int(state)))
+                room.take(rows[-1].shape)
+            found = Layer(states, rows)
             if len(self._layers) >= REMEMBERED_LAYERS:
                 self._layers = {}
             self._layers[key] = found
@@ -230,6 +262,6 @@ class TokenAutomaton:
         digest.update(starts.tobytes())
         key = digest.digest()
         if key not in self._shapes:
-            self._shapes[key] = Shape(ids, starts, self.vocabulary.size)
+            self._shapes[key] = Shape(ids, starts, self.vocabulary.size, key)
             self._remembered += self._shapes[key].bytes
         return self._shapes[key]

@@ -24,10 +24,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from losa_kernels.native.guided import Grammar
+from losa_runtime.core.errors import LosaError
 from losa_runtime.core.work import Ids, WorkItem
 from losa_runtime.decoding.sampling import Bans, Sampled, SamplingRows, log_probabilities
 from losa_runtime.runner.choices import Choices, Floats, GuidedBlock, HoleRows, NativeChoices, ReferenceChoices
 from losa_runtime.runner.windows import asked
+
+
+class Unguided(LosaError):
+    """Segments, by their numbers among all, whose grammars cannot be followed through their blocks, and why."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        self.reasons = reasons
+        super().__init__("; ".join(reasons.values()))
 
 
 class GuidedBlocks:
@@ -35,14 +44,16 @@ class GuidedBlocks:
 
     def __init__(self, items: Sequence[WorkItem]) -> None:
         self._items: list[WorkItem] = []
+        self._numbers: list[int] = []
         self._rows: list[NDArray[np.int64]] = []
         self._chosen: Choices | None = None
         start = 0
-        for item in items:
+        for number, item in enumerate(items):
             assert item.context is not None
             size = asked(item).size
             if item.context.guide is not None:
                 self._items.append(item)
+                self._numbers.append(number)
                 self._rows.append(np.arange(start, start + size))
             start += size
 
@@ -50,7 +61,7 @@ class GuidedBlocks:
         return bool(self._items)
 
     def propose(self, sampled: Sampled, logits_RV: Tensor, rows: SamplingRows, bans: Bans) -> Sampled:
-        """What was sampled, with the candidates of guided segments in place of theirs."""
+        """What was sampled, with the candidates of guided segments in place of theirs. Raises Unguided."""
         mine = torch.from_numpy(np.concatenate(self._rows)).to(logits_RV.device)
         mine_V = logits_RV if mine.numel() == len(logits_RV) else logits_RV[mine]
         some = SamplingRows(*(column[mine] for column in rows))
@@ -64,13 +75,28 @@ class GuidedBlocks:
         columns = (x.double().cpu().numpy() for x in (sharpness, total, some.uniform_R))
         holes = HoleRows(mine_V.float().cpu().numpy(), kept_nV, *columns)
         blocks = [GuidedBlock.of(item) for item in self._items]
-        native = isinstance(blocks[0].guide.automaton, Grammar)
-        self._chosen = NativeChoices(blocks, holes) if native else ReferenceChoices(blocks, holes)
+        try:
+            self._chosen = _choices(blocks, holes)
+        except ValueError:
+            raise self._blame(blocks, holes) from None
         found = self._chosen.proposal
         replaced = [x.clone() for x in (sampled.token_R, sampled.confidence_R, sampled.logprob_R)]
         for column, values in zip(replaced, found, strict=True):
             column[mine] = torch.from_numpy(values).to(column)
         return sampled._replace(token_R=replaced[0], confidence_R=replaced[1], logprob_R=replaced[2])
+
+    def _blame(self, blocks: Sequence[GuidedBlock], holes: HoleRows) -> Unguided:
+        """Which of the blocks were refused: each is tried alone."""
+        reasons: dict[int, str] = {}
+        ends = np.cumsum([block.holes.size for block in blocks])
+        for number, block, end in zip(self._numbers, blocks, ends.tolist(), strict=True):
+            mine = slice(end - block.holes.size, end)
+            try:
+                _choices([block], HoleRows(*(None if column is None else column[mine] for column in holes)))  # type: ignore[arg-type]
+            except ValueError as reason:
+                reasons[number] = str(reason)
+        assert reasons, "blocks that are refused together only"
+        return Unguided(reasons)
 
     def settle(self, accepted_R: NDArray[np.bool_], token_R: Ids, logprob_R: Floats) -> None:
         """Write the tokens of guided segments' accepted rows so that they fit together."""
@@ -78,6 +104,11 @@ class GuidedBlocks:
             mine = np.concatenate(self._rows)
             settled = self._chosen.settle(accepted_R[mine])
             token_R[mine], logprob_R[mine] = settled.tokens, settled.logprob
+
+
+def _choices(blocks: Sequence[GuidedBlock], holes: HoleRows) -> Choices:
+    native = isinstance(blocks[0].guide.automaton, Grammar)
+    return NativeChoices(blocks, holes) if native else ReferenceChoices(blocks, holes)
 
 
 def _filters(item: WorkItem) -> bool:

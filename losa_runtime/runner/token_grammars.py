@@ -31,7 +31,7 @@ class TokenGrammars:
         if self._words is None:
             self._words = self._vocabulary()
         if isinstance(self._words, Vocabulary):
-            return TokenAutomaton(automaton, self._words, ends)
+            return TokenAutomaton(automaton, self._words, ends, LIMITS.bytes)
         table = Automaton(automaton.next_SC, automaton.class_B, automaton.accepting_S, automaton.bytes_left_S)
         return Grammar(self._words, table, sorted(ends), LIMITS)
 

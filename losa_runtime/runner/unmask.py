@@ -6,7 +6,8 @@ Knows no pages and no attention. Shape letters: R rows, C hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,12 +25,15 @@ from losa_runtime.decoding.rng import ORDER_STREAM, uniform
 from losa_runtime.decoding.sampling import Bans, Measures, Sampled, SamplingRows, UnusableLogits, sample
 from losa_runtime.models.model import BlockDiffusionModel
 from losa_runtime.runner.alternatives import of_score, per_row, wanted
-from losa_runtime.runner.guided import GuidedBlocks
+from losa_runtime.runner.guided import GuidedBlocks, Unguided
 from losa_runtime.runner.windows import asked, plan, unmaskable
+
+logger = logging.getLogger(__name__)
 
 # Elements of one chunk of float32 logits (256 MiB).
 _LOGITS_PER_CHUNK = 1 << 26
 _UNUSABLE = "the model's logits for this request are not finite (or every token is banned); the request was ended"
+_UNGUIDED = "the constraint allows too many ways through one block over this vocabulary; a simpler one is needed"
 
 
 class Unmasker:
@@ -77,17 +81,16 @@ class Unmasker:
         mine = [items[s] for s in chunk]
         sizes = [asked(item).size for item in mine]
         guided = GuidedBlocks(mine)
+        owners = np.repeat(np.arange(len(chunk)), sizes)
         try:
             sampled = self._sample(mine, sizes, logits_RV, guided)
         except UnusableLogits as error:
-            owners = np.repeat(np.arange(len(chunk)), sizes)
-            bad = {int(owners[row]) for row in error.rows}
-            results = {chunk[i]: nothing(_UNUSABLE) for i in bad}
-            good = [i for i in range(len(chunk)) if i not in bad]
-            if good:
-                keep = torch.from_numpy(~np.isin(owners, list(bad))).to(logits_RV.device)
-                results.update(self._decide(items, [chunk[i] for i in good], logits_RV[keep]))
-            return results
+            bad = {int(owners[row]): nothing(_UNUSABLE) for row in error.rows}
+            return self._without(items, chunk, logits_RV, owners, bad)
+        except Unguided as error:
+            logger.warning("a constraint cannot be followed: %s", error)
+            bad = {i: nothing(_UNGUIDED, refused=True) for i in error.reasons}
+            return self._without(items, chunk, logits_RV, owners, bad)
         accepted_R, finished_S = (yes.cpu().numpy() for yes in self._accept(mine, sizes, sampled))
         token_R, logprob_R = sampled.token_R.cpu().numpy(), sampled.logprob_R.double().cpu().numpy()
         guided.settle(accepted_R, token_R, logprob_R)
@@ -106,6 +109,23 @@ class Unmasker:
                 finished=finished,
             )
             start += size
+        return results
+
+    def _without(
+        self,
+        items: Sequence[WorkItem],
+        chunk: list[int],
+        logits_RV: Tensor,
+        owners: NDArray[np.int64],
+        bad: Mapping[int, BlockResult],
+    ) -> dict[int, BlockResult]:
+        """The results of a chunk of which some segments, by their places in it, have theirs already. owners: the place
+        of each row's segment."""
+        results = {chunk[i]: result for i, result in bad.items()}
+        good = [i for i in range(len(chunk)) if i not in bad]
+        if good:
+            keep = torch.from_numpy(~np.isin(owners, list(bad))).to(logits_RV.device)
+            results.update(self._decide(items, [chunk[i] for i in good], logits_RV[keep]))
         return results
 
     def _score(self, items: Sequence[WorkItem], chunk: list[int], logits_RV: Tensor) -> dict[int, BlockResult]:

@@ -54,9 +54,9 @@ def tell(req: Req, step: Step) -> News | None:
     return traced(req, step.block, news) if req.request.trace else news
 
 
-def error(message: str) -> FinishReason:
-    """The end of a request that is not its own fault."""
-    return FinishReason(type="error", message=message, status_code=500)
+def error(message: str, status_code: int = 500) -> FinishReason:
+    """The end of a request, as a rule one that is not its own fault."""
+    return FinishReason(type="error", message=message, status_code=status_code)
 
 
 def _deliver(req: Req, step: Step, end: int) -> News:

@@ -282,8 +282,12 @@ class Scheduler:
 
     def _unusable(self, req: Req, result: BlockResult) -> None:
         """Numbers that are none: the request ends, and nobody will find what it has stored since it came. The K/V of
-        this round were never shared; earlier ones looked sound, but the same run of the model has made them."""
+        this round were never shared; earlier ones looked sound, but the same run of the model has made them. Where the
+        request itself is refused, it ends, and no more."""
         assert req.lease is not None and result.error is not None
+        if result.refused:
+            self._end(req, error(result.error, 400))
+            return
         if result.cost is not None and req.block is not None:
             req.cost.add_step(result.cost, first=req.block.step == 0, unmasked=req.block.latest)
         self.cache.condemn(req.lease, req.trusted)

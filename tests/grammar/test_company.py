@@ -13,7 +13,11 @@ from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.request import Request, RequestOutput
 from losa_runtime.core.sampling_params import SamplingParams
 from losa_runtime.engine import Engine
+from losa_runtime.grammar.compiler import Compiler
+from losa_runtime.grammar.guide import Guides
 from losa_runtime.models.random_checkpoint import write_random_checkpoint
+from losa_runtime.runner import token_grammars
+from losa_runtime.runner.token_grammars import TokenGrammars
 from tests.grammar.test_engine import ALGORITHMS, run
 
 CODE = "(?:[a-z]{2,9}[ ,]){2,6}[0-9]{1,3}"
@@ -151,3 +155,27 @@ def test_outputs_of_a_model_that_wants_the_end_are_as_short_as_may_be(engine: En
     asked = wanted("map", temperature=0.0, regex="[a-z]{7,}", logit_bias={"258": 50.0})
     [output] = run(engine, [("x", asked)])
     assert re.fullmatch("[a-z]{7}", output.text)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("native", [True, False])
+def test_too_many_ways_through_a_block_end_their_own_request(
+    engine: Engine, mode: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.flush_cache()
+    [calm] = run(engine, [("hello", wanted(mode, temperature=0))])
+    monkeypatch.setattr(token_grammars, "LIMITS", token_grammars.LIMITS._replace(bytes=1000))
+    monkeypatch.setattr(
+        engine, "_guides", Guides(TokenGrammars(engine._text_of_ids, native), Compiler(time_limit_s=60))
+    )
+    late = "[a-z]{17}" + "".join(f"[a-{last}]" for last in "klmnopqrstuvwxyz")  # each with other tokens
+    mine, other = ("hello", wanted(mode, temperature=0)), ("hi", wanted(mode, regex=late, temperature=0))
+    undone = engine.undone
+    [fine, refused, free] = run(engine, [mine, other, ("free", {"max_new_tokens": 40, "temperature": 0})])
+    assert fine.text == calm.text
+    assert free.finish is not None and free.finish.type in ("length", "stop")
+    assert refused.finish is not None and (refused.finish.type, refused.finish.status_code) == ("error", 400)
+    assert "too many ways through one block" in (refused.finish.message or "")
+    assert re.fullmatch("[a-z]{1,19}", refused.text), "the first block was fine"
+    assert engine.undone == undone
+    engine.parts.cache.check()

@@ -67,5 +67,8 @@ def test_wrong_arguments_are_refused() -> None:
         mix_experts(kernels, *mixture._replace(x=mixture.x.double()))
     with pytest.raises(ValueError, match="down: found shape"):
         mix_experts(kernels, *mixture._replace(down=mixture.down[:, 1:]))
+    odd = mixture._replace(gate_up=mixture.gate_up[:, 1:].contiguous(), down=mixture.down[..., 1:].contiguous())
+    with pytest.raises(ValueError, match="gate_up: found 47 rows per expert, allowed: an even number"):
+        mix_experts(kernels, *odd)
     with pytest.raises(ValueError, match="weight: found shape"):
         mix_experts(kernels, *mixture._replace(weight=mixture.weight[:, :1]))

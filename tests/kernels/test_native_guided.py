@@ -35,7 +35,8 @@ class World(NamedTuple):
         """An automaton over the tokens, in C++ and by numpy."""
         table = Automaton(automaton.next_SC, automaton.class_B, automaton.accepting_S, automaton.bytes_left_S)
         ends = frozenset({self.end})
-        return Grammar(self.words, table, [self.end], limits), TokenAutomaton(automaton, self.vocabulary, ends)
+        slow = TokenAutomaton(automaton, self.vocabulary, ends, limits.bytes)
+        return Grammar(self.words, table, [self.end], limits), slow
 
 
 def world(pieces: list[bytes], end: int) -> World:
@@ -162,8 +163,8 @@ def test_rows_that_are_forgotten_come_back() -> None:
     rng, generator = random.Random(8), np.random.default_rng(8)
     here = made_up(rng, 200)
     automaton = compile_pattern("(?:[a-z]{1,3} )*[0-9]")
-    grammar, other = here.both(automaton, PLENTY._replace(bytes=0))
-    keeping, _ = here.both(automaton)
+    keeping, other = here.both(automaton)
+    grammar, _ = here.both(automaton, PLENTY._replace(bytes=keeping.bytes + 1))  # of what it holds without any rows
     before = grammar.bytes
     for _ in range(3):
         block = some_block(rng, other, 6)
@@ -174,6 +175,26 @@ def test_rows_that_are_forgotten_come_back() -> None:
         assert found[0].tokens.tolist() == found[1].tokens.tolist()
         assert grammar.bytes > before
     assert grammar.bytes < keeping.bytes  # only the rows of the last block
+
+
+@pytest.mark.parametrize("path", [True, False])
+def test_a_block_that_needs_more_rows_than_are_remembered_is_refused(path: bool) -> None:
+    here = made_up(random.Random(12), 200)
+    automaton = compile_pattern("[ -~]*(?:a|b)[ -~]{5}")  # each of its states has other groups
+    rows = some_rows(np.random.default_rng(12), 8, here.words.size, False)
+    block, kinds = Block(np.full(8, -1), 0, 9), ((NativeChoices, 0), (ReferenceChoices, 1))
+    least = 0
+    for limit in (0, *(1 << n for n in range(8, 20)), 1 << 27):
+        refused = []
+        for kind, which in kinds:
+            guide = OutputGuide(here.both(automaton, PLENTY._replace(bytes=limit))[which], 99)
+            try:
+                chosen(kind, [(guide, block, path, False)], rows)
+            except ValueError as error:
+                refused.append(str(error).removeprefix("losa_guide: "))
+        assert refused in ([], [f"the states of a block have more than {limit} bytes of tokens"] * 2)
+        least = limit if refused else least
+    assert 1 << 12 <= least < 1 << 19
 
 
 def test_states_with_very_many_tokens_are_filled_by_likely_ones() -> None:
@@ -249,6 +270,12 @@ def test_what_is_no_block_is_refused() -> None:
             BlockChoices(kernels, Blocks(**(good | {field: value})))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="accepted"):
         BlockChoices(kernels, Blocks(**good)).settle(np.ones(2, dtype=bool))  # type: ignore[arg-type]
+    wide = good | {"logits": np.zeros((1, 12), dtype=np.float32), "path": [False]}  # behind the ids lies padding
+    for token in (-1, 9, 11):
+        choices = BlockChoices(kernels, Blocks(**wide))  # type: ignore[arg-type]
+        choices.chosen.tokens[0] = token
+        with pytest.raises(ValueError, match=f"chosen: found {token}"):
+            choices.settle(np.ones(1, dtype=bool))
 
 
 def test_what_is_no_grammar_is_refused() -> None:

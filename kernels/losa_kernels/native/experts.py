@@ -21,6 +21,8 @@ def mix_experts(
     """
     check("gate_up", gate_up_EJC, (None, None, None), *DTYPES)
     count, both, hidden = gate_up_EJC.shape
+    if both % 2:
+        raise ValueError(f"gate_up: found {both} rows per expert, allowed: an even number")
     check("down", down_ECI, (count, hidden, both // 2), gate_up_EJC.dtype)
     check("x", x_TC, (None, hidden), gate_up_EJC.dtype)
     check("chosen", chosen_TK, (x_TC.shape[0], None), torch.int64)

@@ -184,8 +184,8 @@ def assemble(config: EngineConfig) -> Parts:
     model = load_model(folder, model_config, dtype, device, config.show_progress, config.quantization)
     use_row_tile(model, ROW_TILE if config.deterministic else None)
     offered = offered_methods(config)
-    reserved = total_state_bytes(geometry, dtype.itemsize, offered)
-    reserved += own_bytes(config.attention_backend, backend_config)
+    state_bytes = total_state_bytes(geometry, dtype.itemsize, offered)
+    reserved = state_bytes + own_bytes(config.attention_backend, backend_config)
     if recorded:
         reserved += recording_bytes(model_config, -(-context_length // config.page_size), recorded, dtype.itemsize)
     num_pages = _num_pages(config, model_config, kv_dtype, device, context_length, reserved)
@@ -231,7 +231,7 @@ def assemble(config: EngineConfig) -> Parts:
         overlap=_overlap(config, device),
         folder=str(folder.resolve()),
         tokenizer_folder=str(tokenizer_folder.resolve()),
-        sparse_state_bytes=reserved,
+        sparse_state_bytes=state_bytes,
     )
 
 

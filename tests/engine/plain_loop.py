@@ -110,19 +110,23 @@ def generate_with_edits(
     stop: tuple[int, ...] = (),
 ) -> tuple[list[int], int]:
     """The same with joint_threshold; also how many tokens were replaced. rule: threshold, edit_threshold,
-    post_edit_steps, neighbour_penalty. Not for models with shifted logits."""
-    assert not model.shifted_logits
-    b, mask = model.config.block_length, model.config.mask_token_id
+    post_edit_steps, neighbour_penalty. What comes with the block before (shifted logits) is neither penalised nor
+    replaced."""
+    b, mask, shift = model.config.block_length, model.config.mask_token_id, int(model.shifted_logits)
     threshold, edit_threshold, most, penalty = rule
     end, x, edits = len(prompt) + max_new_tokens, list(prompt), 0
     while len(x) < end:
         start = len(x) - len(x) % b
+        if shift and len(x) == start:
+            logits = forward(model, x)[-1].clone()
+            logits[mask] = logits[vocab_size:] = -torch.inf
+            x.append(int(logits.argmax()))
         mine = range(len(x), min(start + b, end))
         x += [mask] * (start + b - len(x))
         posts = 0
-        while True:
+        while mine:
             began = all(x[i] != mask for i in mine)
-            logits = forward(model, x)[list(mine)]
+            logits = forward(model, x)[[i - shift for i in mine]]
             for row, i in enumerate(mine):
                 if i > start and x[i - 1] != mask:
                     logits[row, x[i - 1]] -= penalty

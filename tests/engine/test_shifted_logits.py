@@ -80,6 +80,26 @@ def test_logits_equal_the_plain_loop(llm: LLM, monkeypatch: pytest.MonkeyPatch, 
         assert (mine - theirs)[finite].abs().max() < 2e-4
 
 
+@pytest.mark.parametrize("rule", [(0.005, 0.0, 3, 0.0), (0.005, 0.0, 3, 9.0), (0.005, 0.0, 0, 9.0)])
+@pytest.mark.parametrize("length", [15, 16])
+def test_edits_equal_the_plain_loop(llm: LLM, rule: tuple[float, float, int, float], length: int) -> None:
+    names = ("threshold", "edit_threshold", "post_edit_steps", "neighbour_penalty")
+    ids, model = prompt(length, seed=length), llm.engine.parts.runner.model
+    custom = DiffusionParams(algorithm="joint_threshold", **dict(zip(names, rule, strict=True)))
+    [got] = llm.generate([ids], SamplingParams(temperature=0.0, max_new_tokens=41, custom_params=custom))
+    stop = tuple(llm.engine.parts.eos_token_ids)
+    want, edits = plain_loop.generate_with_edits(model, ids, 41, rule, llm.tokenizer.vocab_size, stop)
+    assert list(got.token_ids) == want
+    assert (edits > 0) == (rule[2] > 0)
+
+
+def test_no_neighbour_in_another_block_is_avoided(llm: LLM) -> None:
+    custom = DiffusionParams(algorithm="joint_threshold", threshold=0.0, post_edit_steps=0, neighbour_penalty=1e3)
+    about: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "logit_bias": {5: 500.0}, "max_new_tokens": 10}
+    [got] = llm.generate([[*prompt(15, seed=8), 5]], SamplingParams(**about, custom_params=custom))
+    assert [i for i, token in enumerate(got.token_ids) if token != 5] == [1, 9]
+
+
 def test_a_whole_hit_computes_the_last_block_again(llm: LLM) -> None:
     llm.engine.flush_cache()
     ids = prompt(24, seed=2)

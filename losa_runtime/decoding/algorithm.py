@@ -24,7 +24,8 @@ class Candidates(NamedTuple):
     Open are masks and, for an algorithm that edits, the tokens accepted before.
 
     token_R: int64. confidence_R: float32, see `sampling`. offset_R: int64, position in the block, 0 .. B - 1, each
-    once per block; or that behind a stored segment, whose only candidate is the next block's first. indptr_S: int64 [S + 1], from 0 to R. step_index_S: int64, 0 for a block's first step.
+    once per block; or that behind a stored segment, whose only candidate is the next block's first.
+    indptr_S: int64 [S + 1], from 0 to R. step_index_S: int64, 0 for a block's first step.
     num_steps_S: int64, planned steps (T), 1 .. length_S. length_S: int64, the positions that they are planned for: B,
     or those of the open sub-block (`Window`), to which the rows and both counts of steps then belong. threshold_S,
     edit_threshold_S: float32, as confidences are. entropy_bound_S: float64. current_R: int64, what stands there now,

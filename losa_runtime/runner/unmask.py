@@ -196,7 +196,7 @@ class Unmasker:
         start = 0
         for item, size in zip(items, sizes, strict=True):
             penalty = 0.0 if item.decoding is None else item.decoding.neighbour_penalty
-            if penalty and _algorithm(item).edits and not item.mode.stores:  # these ask for the next block's first token
+            if penalty and _algorithm(item).edits and not item.mode.stores:  # they ask for the next block's first one
                 left = [(start + i, int(item.tokens[o - 1])) for i, o in enumerate(asked(item)) if o > 0]
                 triples.extend((row, token, penalty) for row, token in left if token != self.mask_token_id)
             start += size

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 import losa_runtime
+from losa_kernels.native.library import Kernels, NativeUnavailable, NativeUnfit
 from losa_runtime.attention.backend import BackendConfig
 from losa_runtime.attention.registry import make_backend, own_bytes
 from losa_runtime.cache.kv_pool import KVPool, Summary
@@ -137,6 +138,7 @@ class Parts(NamedTuple):
 
 def assemble(config: EngineConfig) -> Parts:
     """Load and connect everything. Raises ConfigError or CheckpointError before any large allocation, where it can."""
+    _check_kernels()
     folder = locate_checkpoint(config.model, show_progress=config.show_progress)
     tokenizer_folder = folder if config.tokenizer is None else locate_checkpoint(config.tokenizer, weights=False)
     model_config = ModelConfig.from_folder(
@@ -233,6 +235,16 @@ def assemble(config: EngineConfig) -> Parts:
         tokenizer_folder=str(tokenizer_folder.resolve()),
         sparse_state_bytes=state_bytes,
     )
+
+
+def _check_kernels() -> None:
+    """Not only the native backend uses them: whatever is chosen, a library of other sources is not passed over."""
+    try:
+        Kernels()
+    except NativeUnavailable:
+        pass  # whoever would use them says what it does instead
+    except NativeUnfit as unfit:
+        raise ConfigError(f"CPU kernels: {unfit}") from None
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -17,7 +17,7 @@ from torch import Tensor
 from losa_kernels.native import attention, mass, selection, store
 from losa_kernels.native.attention import PEAK_CHUNK
 from losa_kernels.native.layout import Pages, Segments
-from losa_kernels.native.library import DTYPES, MAX_HEAD_DIM, Kernels, NativeUnavailable
+from losa_kernels.native.library import DTYPES, MAX_HEAD_DIM, Kernels, NativeUnavailable, NativeUnfit
 from losa_runtime.attention.backend import AttentionBackend, BackendConfig
 from losa_runtime.attention.questions import (
     ActiveRules,
@@ -35,6 +35,7 @@ from losa_runtime.attention.questions import (
     known,
 )
 from losa_runtime.cache.kv_pool import KVPool, Summary
+from losa_runtime.core.errors import ConfigError
 
 
 class NativeBackend(AttentionBackend):
@@ -64,6 +65,8 @@ class NativeBackend(AttentionBackend):
             kernels = Kernels()
         except NativeUnavailable as unavailable:
             return str(unavailable)
+        except NativeUnfit as unfit:
+            raise ConfigError(f"CPU kernels: {unfit}") from None
         if kernels.level == "portable" and os.environ.get("LOSA_SIMD") != "portable":
             return "this CPU has no AVX2; torch is faster (LOSA_SIMD=portable insists)"
         for dtype in (config.dtype, config.kv_dtype):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from losa_kernels.native import library
+from losa_runtime.assembly import assemble
 from losa_runtime.attention.backend import BackendConfig
 from losa_runtime.attention.native_backend import NativeBackend
 from losa_runtime.attention.questions import PrefixPlan, RowGroup
@@ -17,8 +19,9 @@ from losa_runtime.attention.registry import make_backend
 from losa_runtime.attention.torch_backend import TorchBackend
 from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.core.batch import ForwardMode, Segment
+from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import ConfigError
-from tests.kernels.native import require_native
+from tests.kernels.native import require_native, under_another_name
 
 CPU = torch.device("cpu")
 CONFIG = BackendConfig(CPU, torch.float32, torch.bfloat16, 4, 2, 16, page_size=8, block_length=4)
@@ -59,6 +62,30 @@ def test_auto_goes_on_without_it_and_says_why(
     assert "attention_backend auto: torch ('native' cannot serve this model: none.so was not built" in caplog.text
     with pytest.raises(ConfigError, match=r"'native' cannot serve this model: none\.so was not built: run `make"):
         make_backend("native", CONFIG, pool_of())
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "torch"])
+def test_a_library_of_other_sources_is_an_error_whatever_the_backend(
+    backend: Literal["auto", "native", "torch"],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path,
+) -> None:
+    require_native()
+    monkeypatch.setenv("LOSA_KERNELS", str(under_another_name()))
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    why = r"CPU kernels: .*\.so has interface \d+, needed: \d+; run `make kernels`"
+    with pytest.raises(ConfigError, match=why):
+        assemble(EngineConfig(model=str(tiny_checkpoint), attention_backend=backend))
+    if backend != "torch":
+        with pytest.raises(ConfigError, match=why):
+            make_backend(backend, CONFIG, pool_of())
+
+
+def test_a_level_that_the_cpu_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_native()
+    monkeypatch.setenv("LOSA_SIMD", "mmx")
+    with pytest.raises(ConfigError, match="CPU kernels: LOSA_SIMD: found 'mmx', this CPU offers: portable"):
+        make_backend("auto", CONFIG, pool_of())
 
 
 def test_a_cpu_without_avx2_is_left_to_torch_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from losa_kernels.native.layout import Pages, Segments
-from losa_kernels.native.library import LEVELS, Kernels, NativeUnavailable
+from losa_kernels.native.library import FILE, LEVELS, Kernels, NativeUnavailable
 from losa_kernels.reference import attention as ref
 from losa_kernels.reference import paging
 
@@ -27,6 +28,12 @@ def require_native(level: str | None = None) -> Kernels:
         if compiler and "this CPU offers" not in str(unavailable):
             raise
         pytest.skip(str(unavailable))
+
+
+def under_another_name() -> Path:
+    """The built library by a path under which nothing has been loaded yet."""
+    file = Path(os.environ.get("LOSA_KERNELS") or FILE).resolve()
+    return file.parent / ".." / file.parent.name / file.name
 
 
 class World(NamedTuple):

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from losa_kernels.native import attention, selection
+from losa_kernels.native import attention, library, selection
 from losa_kernels.native.layout import Pages, Segments
-from losa_kernels.native.library import LEVELS, Kernels, NativeUnavailable
+from losa_kernels.native.library import LEVELS, Kernels, NativeUnavailable, NativeUnfit
 from losa_kernels.native.mass import prefix_mass
 from losa_kernels.native.store import store
-from tests.kernels.native import World, make_world, require_native, segments_of
+from tests.kernels.native import World, make_world, require_native, segments_of, under_another_name
 
 
 def ints(*values: int) -> Tensor:
@@ -170,17 +170,23 @@ def test_the_best_level_is_taken_unless_another_is_named(monkeypatch: pytest.Mon
     monkeypatch.setenv("LOSA_SIMD", "portable")
     assert Kernels().level == "portable" and Kernels(offered[-1]).level == offered[-1]
     monkeypatch.setenv("LOSA_SIMD", "mmx")
-    with pytest.raises(NativeUnavailable, match="found 'mmx', this CPU offers: portable"):
+    with pytest.raises(NativeUnfit, match="LOSA_SIMD: found 'mmx', this CPU offers: portable"):
         Kernels()
+    with pytest.raises(NativeUnavailable, match="level: found 'sse', this CPU offers: portable"):
+        Kernels("sse")
 
 
-def test_a_missing_or_broken_library_says_so(tmp_path: Path) -> None:
+def test_a_missing_or_broken_or_stale_library_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_native()
     with pytest.raises(NativeUnavailable, match="was not built: run `make kernels`"):
         Kernels(file=tmp_path / "none.so")
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
-    with pytest.raises(NativeUnavailable, match=r"broken\.so cannot be loaded"):
+    with pytest.raises(NativeUnfit, match=r"broken\.so cannot be loaded .* run `make kernels`"):
         Kernels(file=broken)
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    with pytest.raises(NativeUnfit, match=rf"\.so has interface {library.ABI - 1}, needed: {library.ABI}; run"):
+        Kernels(file=under_another_name())
 
 
 def test_an_unknown_level_is_refused_by_the_library_too() -> None:

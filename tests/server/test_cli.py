@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -84,8 +85,11 @@ def test_env_tells_what_is_here(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 def test_env_says_why_kernels_cannot_be_used(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("LOSA_KERNELS", "/nowhere/lib.so")
-    assert losa(["env", "--json"]) == 0
-    assert "not usable: lib.so was not built" in json.loads(capsys.readouterr().out)["kernels"]["CPU kernels"]
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    for place, why in ((tmp_path / "lib.so", "lib.so was not built"), (broken, f"{broken} cannot be loaded")):
+        monkeypatch.setenv("LOSA_KERNELS", str(place))
+        assert losa(["env", "--json"]) == 0
+        assert f"not usable: {why}" in json.loads(capsys.readouterr().out)["kernels"]["CPU kernels"]

@@ -23,7 +23,12 @@ FILE = Path(__file__).with_name("liblosa_kernels.so")
 
 
 class NativeUnavailable(Exception):
-    """The kernels cannot be used here; the text says why."""
+    """The kernels cannot be used here; the text says why. Whoever can do without them may."""
+
+
+class NativeUnfit(Exception):
+    """The kernels are there, but not those that are needed or asked for; the text says what mends it. Nobody should
+    quietly do without them."""
 
 
 class CRun(ctypes.Structure):
@@ -200,9 +205,9 @@ def _load(file: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(file))
         found = library.losa_abi()
     except (OSError, AttributeError) as error:
-        raise NativeUnavailable(f"{file.name} cannot be loaded: {error}") from None
+        raise NativeUnfit(f"{file} cannot be loaded ({error}): run `make kernels`, or remove it") from None
     if found != ABI:
-        raise NativeUnavailable(f"{file.name} has interface {found}, needed: {ABI}; run `make kernels`")
+        raise NativeUnfit(f"{file} has interface {found}, needed: {ABI}; run `make kernels`")
     for name, types in SIGNATURES.items():
         getattr(library, name).argtypes = types
     for name, kind in NO_STATUS.items():
@@ -215,7 +220,7 @@ class Kernels:
 
     level: "avx512", "avx2" or "portable"; None = LOSA_SIMD from the environment, else the best of this CPU.
     file: another build of the library, None = LOSA_KERNELS from the environment, else the one in this folder.
-    Raises NativeUnavailable.
+    Raises NativeUnavailable, or NativeUnfit for a library of other sources or a LOSA_SIMD that this CPU lacks.
     """
 
     def __init__(self, level: str | None = None, file: Path | None = None) -> None:
@@ -223,7 +228,8 @@ class Kernels:
         offered = [name for number, name in enumerate(LEVELS) if self._library.losa_has_level(number)]
         wanted = level or os.environ.get("LOSA_SIMD") or offered[-1]
         if wanted not in offered:
-            raise NativeUnavailable(f"SIMD level: found {wanted!r}, this CPU offers: {', '.join(offered)}")
+            unmet = NativeUnavailable if level else NativeUnfit
+            raise unmet(f"{'level' if level else 'LOSA_SIMD'}: found {wanted!r}, this CPU offers: {', '.join(offered)}")
         self.level, self.offered = wanted, tuple(offered)
 
     def call(self, name: str, *arguments: Any) -> None:

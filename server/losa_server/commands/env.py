@@ -113,12 +113,12 @@ def _cpu() -> tuple[str, set[str]]:
 
 
 def _kernels() -> dict[str, str]:
-    from losa_kernels.native.library import FILE, Kernels, NativeUnavailable
+    from losa_kernels.native.library import FILE, Kernels, NativeUnavailable, NativeUnfit
 
     place = os.environ.get("LOSA_KERNELS") or str(FILE)
     try:
         kernels = Kernels()
-    except NativeUnavailable as reason:
+    except (NativeUnavailable, NativeUnfit) as reason:
         return {"CPU kernels": f"not usable: {reason}"}
     return {"CPU kernels": f"{kernels.level} (of {', '.join(kernels.offered)})", "library": place}
 

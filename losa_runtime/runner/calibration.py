@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from losa_runtime.core.batch import ForwardMode, SparseParams
+from losa_runtime.core.batch import ActiveRule, ForwardMode, SparseParams
 from losa_runtime.core.decoding_params import DecodingParams
 from losa_runtime.core.errors import ConfigError
 from losa_runtime.core.sampling_params import SamplingParams
@@ -25,6 +25,7 @@ from losa_runtime.core.work import Round, RowContext, WorkItem
 from losa_runtime.runner.model_runner import ModelRunner
 from losa_runtime.sparse.method import method_class
 from losa_runtime.sparse.min_context import Line, MethodCosts, MinContext
+from losa_runtime.sparse.step import most_active
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def measure_costs(runner: ModelRunner, defaults: Mapping[str, SparseParams], con
         if name != "dense":
             methods[name] = _costs(stage, params)
     stage.leave()
-    return MinContext(None, dense, methods)
+    return MinContext(None, stage.block, dense, methods)
 
 
 def _every(times: _Times) -> float:
@@ -65,17 +66,27 @@ def _every(times: _Times) -> float:
 
 
 def _costs(stage: _Stage, params: SparseParams) -> MethodCosts:
-    """By two lengths of prefix, and for methods with a budget by two budgets that both leave something to choose."""
-    if not method_class(params.method).has_budget:
+    """By two lengths of prefix, for methods with a budget by two budgets that both leave something to choose, and for
+    those with active rows by two numbers of them."""
+    method = method_class(params.method)
+    if not method.has_budget:
         short, long = (stage.play(params, n) for n in (stage.short, stage.long))
         return MethodCosts(*_lines(stage, short, long))
     page = stage.page
     much = min(params.token_budget, stage.short // 2 // page * page)
     little = max(page, much // 4 // page * page)
+    rows = most_active(params.active, stage.block) if method.has_active_rows else 0
+    if rows:  # noise would not say how many rows a share of the change is
+        params = params._replace(active=ActiveRule("count", rows))
     short, long = (stage.play(params._replace(token_budget=much), n) for n in (stage.short, stage.long))
     cheap = stage.play(params._replace(token_budget=little), stage.long)
     per_token = max(0.0, (long.later - cheap.later) / (much - little)) if much > little else 0.0
-    return MethodCosts(*_lines(stage, short, long), much, per_token)
+    found = MethodCosts(*_lines(stage, short, long), much, per_token)
+    others = 1 if rows > stage.block // 2 else stage.block
+    if not rows or others == rows:
+        return found
+    other = stage.play(params._replace(token_budget=much, active=ActiveRule("count", others)), stage.long)
+    return found._replace(rows=rows, per_row=max(0.0, (other.later - long.later) / (others - rows)))
 
 
 def _lines(stage: _Stage, short: _Times, long: _Times) -> tuple[Line, Line]:

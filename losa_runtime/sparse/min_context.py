@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from losa_runtime.core.batch import SparseParams
+from losa_runtime.sparse.step import most_active
 
 NEVER = 1 << 40  # tokens: longer than any prefix
 MARGIN = 0.03  # of a dense block's time that a sparse one must save by the model: what it was measured by is noisy
@@ -37,12 +38,15 @@ _FREE = Line(0.0, 0.0)
 
 class MethodCosts(NamedTuple):
     """Of a block of one request. first: its first step. later: the mean of the others, with a budget of `budget`
-    tokens; per_token: seconds that each further token of budget adds to that (0 for methods without one)."""
+    tokens and `rows` active rows; per_token, per_row: seconds that each further one of them adds to that. 0 for
+    methods that have none."""
 
     first: Line
     later: Line
     budget: int = 0
     per_token: float = 0.0
+    rows: int = 0
+    per_row: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,12 @@ class MinContext:
     """The rule of one engine. tokens: the given number; None = by the measured costs.
 
     Prefixes within the budget are attended densely in any case where it is by costs: there is nothing to choose there.
-    What is measured are a method's defaults; other options of a request are not told apart.
+    What is measured are a method's defaults. A request's own budget and active rows count (a share of the change as all
+    rows that it may be); its other options are not told apart.
     """
 
     tokens: int | None = 0
+    block_length: int = 1
     dense: Line = _FREE
     methods: Mapping[str, MethodCosts] = field(default_factory=dict)
 
@@ -68,6 +74,8 @@ class MinContext:
             return self.tokens
         costs = self.methods[params.method]
         more = costs.per_token * (params.token_budget - costs.budget) if costs.budget else 0.0
+        if costs.rows:
+            more += costs.per_row * (most_active(params.active, self.block_length) - costs.rows)
         later = Line(max(0.0, costs.later.base + more), costs.later.slope)
         found = _crossing(self.dense, costs.first, later, steps)
         return max(found, params.token_budget + 1) if costs.budget else found

@@ -62,6 +62,7 @@ def test_auto_measures_every_offered_method(
     for name, costs in rule.methods.items():
         assert costs.first.base + costs.first.slope > 0 and costs.later.base + costs.later.slope > 0, name
         assert (costs.budget > 0) == parts.runner.methods[name].has_budget
+        assert (costs.rows > 0) == (name == "losa") and costs.per_row >= 0
     assert "sparse_min_context auto: " in caplog.text and "measured in" in caplog.text
     assert llm.engine.info()["sparse_min_context"] == "auto"
     assert set(llm.engine.info()["sparse_from"]) == set(parts.runner.methods)  # type: ignore[call-overload]
@@ -76,7 +77,7 @@ def test_auto_measures_every_offered_method(
 def test_the_rule_counts_two_steps_where_a_threshold_may_end_a_block(tiny_checkpoint: Path) -> None:
     llm = LLM(model=str(tiny_checkpoint), **SMALL)
     dense = Line(1e-3, 1e-6)
-    rule = MinContext(None, dense, {"losa": MethodCosts(dense, Line(1.5e-3, 0.0), 16, 0.0)})
+    rule = MinContext(None, 16, dense, {"losa": MethodCosts(dense, Line(1.5e-3, 0.0), 16, 0.0)})
     parts = llm.engine.parts
     llm.engine.parts = parts._replace(least_prefix=LeastPrefix(rule, parts.least_prefix.dense))
     found = {}

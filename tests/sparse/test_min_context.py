@@ -31,7 +31,7 @@ def test_a_given_number_is_the_rule_for_every_method_but_dense() -> None:
 def test_the_crossing_of_known_costs() -> None:
     # Dense: 1 ms and 1 ms per 1,000 tokens. LoSA: a first step like it, later ones 3 ms whatever the prefix.
     dense = Line(1e-3, 1e-6)
-    rule = MinContext(None, dense, {"losa": MethodCosts(dense, Line(3e-3, 0.0), 256, 0.0)})
+    rule = MinContext(None, 16, dense, {"losa": MethodCosts(dense, Line(3e-3, 0.0), 256, 0.0)})
     found = rule.of(params(), 16)
     # first + 15 later = 0.97 * 16 dense: 46 + n / 1000 = 15.52 + 15.52 n / 1000, in ms.
     assert found == 2100
@@ -41,20 +41,31 @@ def test_the_crossing_of_known_costs() -> None:
 
 def test_a_larger_budget_costs_what_was_measured_for_it() -> None:
     dense = Line(1e-3, 1e-6)
-    rule = MinContext(None, dense, {"losa": MethodCosts(dense, Line(2e-3, 0.0), 256, 1e-6)})
+    rule = MinContext(None, 16, dense, {"losa": MethodCosts(dense, Line(2e-3, 0.0), 256, 1e-6)})
     cheap, same, dear = (rule.of(params(budget=budget), 16) for budget in (16, 256, 1024))
     assert cheap < same < dear
+
+
+def test_a_request_with_more_active_rows_costs_what_was_measured_for_them() -> None:
+    dense = Line(1e-3, 1e-6)
+    rule = MinContext(None, 16, dense, {"losa": MethodCosts(dense, Line(2e-3, 0.0), 256, 0.0, 5, 1e-4)})
+    rules = (("count", 2.0), ("count", 5.0), ("ratio", 0.5), ("count", 16.0))
+    few, same, half, every = (rule.of(params()._replace(active=ActiveRule(*each)), 16) for each in rules)
+    assert few < same < half < every
+    assert rule.of(params()._replace(active=ActiveRule("tau", 0.5)), 16) == every, "it may be all rows"
+    plain = rule.methods["losa"]._replace(rows=0, per_row=0.0)
+    assert MinContext(None, 16, dense, {"losa": plain}).of(params(), 16) == same
 
 
 def test_what_is_never_faster_is_never_used() -> None:
     dense = Line(1e-3, 1e-6)
     for later in (dense, Line(2e-3, 1e-6), Line(0.9e-3, 1.1e-6)):
-        rule = MinContext(None, dense, {"quest": MethodCosts(dense, later, 256, 0.0)})
+        rule = MinContext(None, 16, dense, {"quest": MethodCosts(dense, later, 256, 0.0)})
         assert rule.of(params("quest"), 16) == NEVER
 
 
 def test_a_method_without_a_budget_may_pay_from_the_start() -> None:
-    rule = MinContext(None, Line(2e-3, 1e-6), {"flashblock": MethodCosts(Line(2e-3, 1e-6), Line(1e-3, 0.0))})
+    rule = MinContext(None, 16, Line(2e-3, 1e-6), {"flashblock": MethodCosts(Line(2e-3, 1e-6), Line(1e-3, 0.0))})
     assert rule.of(params("flashblock", budget=4096), 16) == 0
 
 
@@ -68,7 +79,7 @@ def test_a_line_never_falls() -> None:
 def test_no_block_is_slower_than_a_dense_one_by_the_model(
     dense: Line, first: Line, later: Line, per_token: float, steps: int, budget: int, more: int
 ) -> None:
-    rule = MinContext(None, dense, {"losa": MethodCosts(first, later, 256, per_token)})
+    rule = MinContext(None, 16, dense, {"losa": MethodCosts(first, later, 256, per_token)})
     least = rule.of(params(budget=budget), steps)
     if least == NEVER:
         return

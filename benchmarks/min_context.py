@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(_table(args, least, rows))
     result: dict[str, Any] = {"benchmark": "min_context", "method": args.method, "sparse_from": least, "worst": worst}
     result |= {name: getattr(args, name) for name in ("budget", "output", "steps", "rounds", "threads")}
-    result |= {"clock": "processor" if args.cpu_time else "wall", "load_average": round(os.getloadavg()[0], 2)}
+    backend = type(llm.engine.parts.runner.backend).__name__
+    result |= {"clock": "processor" if args.cpu_time else "wall", "backend": backend}
+    result["load_average"] = round(os.getloadavg()[0], 2)
     result["rows"] = rows
     if args.results is not None:
         add_row(args.results, result | circumstances(torch.device("cpu")))

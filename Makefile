@@ -3,6 +3,8 @@
 PYTHON ?= python3
 MODEL ?= benchmarks/tiny_model/checkpoint
 CUDA ?=
+# Processes that run tests side by side.
+TEST_WORKERS ?= 2
 # A package index with CPU builds of torch, for machines whose default index has only CUDA builds.
 TORCH_INDEX ?=
 
@@ -15,6 +17,9 @@ DRILL_RESULTS := benchmarks/results/drills.jsonl
 EXTRAS := dev$(if $(CUDA),$(comma)cuda)
 # A CUDA build of torch brings the triton that it was made with.
 PINS := $(if $(CUDA),build/constraints-cuda.txt,$(CONSTRAINTS))
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+# Threads that wait for one another spin briefly, so that what else runs on the machine costs its share and not tenfold.
+export GOMP_SPINCOUNT ?= 1000
 # PIP_CONSTRAINT also binds the isolated environment in which the package is built; -c would not.
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(PINS) $(BIN)/python -m pip --disable-pip-version-check install
 
@@ -64,11 +69,11 @@ demo: setup ## the whole runtime in a minute, on the small model that comes with
 serve: setup ## serve MODEL (default: the small model that comes with the project)
 	$(BIN)/losa serve --model $(MODEL)
 
-test: setup ## the tests
-	$(BIN)/python -m pytest
+test: setup ## the tests, in TEST_WORKERS (2) processes
+	$(PYTEST)
 
 test-slow: setup ## longer property runs, sanitizers and real-client suites
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-gpu: setup ## what only a GPU can show: kernels in bfloat16, the GPU backends, the engine (setup with CUDA=1)
 	$(BIN)/python -m pytest -m gpu

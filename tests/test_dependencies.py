@@ -22,6 +22,7 @@ IMPORT_NAMES = {
     "pyzmq": "zmq",
     "import-linter": "importlinter",
     "pytest-timeout": "pytest_timeout",
+    "pytest-xdist": "xdist",
     "huggingface-hub": "huggingface_hub",
     "prometheus-client": "prometheus_client",
     "outlines-core": "outlines_core",

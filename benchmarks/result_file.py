@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "flashinfer-python")
+PACKAGES = ("torch", "triton", "flashinfer-python", "torchao")
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

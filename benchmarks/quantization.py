@@ -62,6 +62,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=list(corpus.TASKS), choices=corpus.TASKS)
     parser.add_argument("--logit-samples", type=int, default=10, help="documents per task whose logits are compared")
     parser.add_argument("--logit-context", type=int, default=512, help="their prompt tokens")
+    parser.add_argument("--requests", type=int, default=8, help="how many are answered at once")
+    parser.add_argument("--output-tokens", type=int, default=128, help="of each of them, where speed is measured")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs per variant, behind one that is not counted")
     parser.add_argument("--preset", default="0.6b", help="shape of the large checkpoint")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
@@ -100,7 +102,7 @@ def _bundled_table(row: dict[str, Any]) -> Table:
 def _large_table(row: dict[str, Any]) -> Table:
     table = Table(title=f"{row['preset']}, random weights, {row['threads']} thread(s)")
     rows = [f"{rows} rows, CPU s" for rows in quantization_large.ROWS]
-    for name in ("dtype", "weights", "MiB", "process, MiB", "peak, MiB", "load, s", *rows):
+    for name in ("dtype", "weights", "MiB", "process", "peak", "load, s", *rows):
         table.add_column(name, justify="right")
     for found in row["variants"]:
         table.add_row(

@@ -1,7 +1,7 @@
 """The bundled model with and without 8-bit weights: right answers, logits, speed. Part of `benchmarks.quantization`.
 
 Logits are those of the first step of an answer, a block of masks behind a whole prompt, from one plain forward with
-dense attention, so nothing but the weights differs. Speed is that of eight requests at once with a fixed number of
+dense attention, so nothing but the weights differs. Speed is that of some requests at once with a fixed number of
 steps, in tokens per second of processor time, so that others on the machine disturb it little.
 """
 
@@ -26,7 +26,7 @@ from losa_runtime.layers.attention import AttendFn
 from losa_runtime.models.model import BlockDiffusionModel, load_model
 
 KINDS: tuple[Quantization | None, ...] = (None, "int8", "fp8")
-AT_ONCE, OUTPUT, STEPS = 8, 128, 8
+STEPS = 8  # per block, where speed is measured
 
 
 def ticks(args: argparse.Namespace) -> int:
@@ -48,8 +48,8 @@ def measure(args: argparse.Namespace, tick: Callable[[], None]) -> dict[str, Any
     for kind, row in found.items():
         row["tokens_per_cpu_s"] = round(speeds[kind], 1)
         row["speed"] = round(speeds[kind] / speeds[None], 3)
-    names = ("context", "samples", "logit_samples", "logit_context", "rounds", "threads")
-    fixed = {"at_once": AT_ONCE, "output": OUTPUT, "steps": STEPS, "dtype": "float32"}
+    names = ("context", "samples", "logit_samples", "logit_context", "rounds", "threads", "requests", "output_tokens")
+    fixed = {"steps": STEPS, "dtype": "float32"}
     variants = {kind or "none": row for kind, row in found.items()}
     return {"benchmark": "bundled", "variants": variants, **{n: getattr(args, n) for n in names}, **fixed}
 
@@ -57,9 +57,9 @@ def measure(args: argparse.Namespace, tick: Callable[[], None]) -> dict[str, Any
 def _right(llm: LLM, task: str, args: argparse.Namespace, tick: Callable[[], None]) -> int:
     asked, questions = prompts(task, args.context, args.samples)
     params, right = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS), 0
-    for at in range(0, args.samples, AT_ONCE):
-        outputs = llm.generate(asked[at : at + AT_ONCE], params)
-        for output, question in zip(outputs, questions[at : at + AT_ONCE], strict=True):
+    for at in range(0, args.samples, args.requests):
+        outputs = llm.generate(asked[at : at + args.requests], params)
+        for output, question in zip(outputs, questions[at : at + args.requests], strict=True):
             right += output.text.strip() == question.answer
             tick()
     return right
@@ -105,7 +105,7 @@ def _dense(length: int, block: int) -> AttendFn:
 
 
 def _differences(found: Tensor, wanted: Tensor) -> dict[str, float]:
-    """Errors of logits, KL from the full weights' distribution (mean of rows), share of rows with another best token."""
+    """Errors of logits, KL from the full weights' distribution (mean per row), share of other best tokens."""
     error = (found - wanted).abs()
     kl = F.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
     other = (found.argmax(-1) != wanted.argmax(-1)).float().mean()
@@ -123,9 +123,9 @@ def _speeds(
     engines: dict[Quantization | None, LLM], args: argparse.Namespace, tick: Callable[[], None]
 ) -> dict[Quantization | None, float]:
     """Median tokens per second of processor time, prefill from the cache."""
-    asked = prompts(args.tasks[0], args.context, AT_ONCE)[0]
+    asked = prompts(args.tasks[0], args.context, args.requests)[0]
     custom = DiffusionParams(algorithm="low_confidence_static", denoising_steps=STEPS)
-    params = SamplingParams(temperature=0, max_new_tokens=OUTPUT, ignore_eos=True, custom_params=custom)
+    params = SamplingParams(temperature=0, max_new_tokens=args.output_tokens, ignore_eos=True, custom_params=custom)
     seconds: dict[Quantization | None, list[float]] = {kind: [] for kind in engines}
     for turn in range(args.rounds + 1):
         for kind, llm in engines.items():
@@ -133,4 +133,4 @@ def _speeds(
             llm.generate(asked, params)
             seconds[kind] += [time.process_time() - start] if turn else []
             tick()
-    return {kind: AT_ONCE * OUTPUT / statistics.median(each) for kind, each in seconds.items()}
+    return {kind: args.requests * args.output_tokens / statistics.median(each) for kind, each in seconds.items()}

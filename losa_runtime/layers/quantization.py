@@ -20,17 +20,21 @@ from losa_runtime.core.errors import CheckpointError, ConfigError
 
 DTYPES = (torch.float32, torch.bfloat16)
 LEAST_INPUTS = 2  # torchao cannot shape the scales of a narrower weight
+# Numbers quantized at once. With more of them on a CPU, glibc's heap keeps the memory of what they were made from: at
+# 2**20 a process was larger than with the full weights.
+AT_ONCE = {"cpu": 2**16, "device": 2**24}
 LEAST_AMPLITUDE = 1e-30  # fp8: the scale of a channel of zeros would be 0, and its numbers 0 / 0
 _NOISY = ("torchao", "torch.utils._pytree")  # warn of GPU libraries that nothing here uses
 
 Quantizer = Callable[[str, Tensor], Tensor]
 
 
-def make_quantizer(kind: Quantization, dtype: torch.dtype) -> Quantizer:
-    """(name, weight [N, C] in `dtype`) -> the same in eight bits, which `F.linear` takes for a weight of `dtype`.
+def make_quantizer(kind: Quantization, dtype: torch.dtype, device: torch.device) -> Quantizer:
+    """(name, weight [N, C]) -> the same on `device` in eight bits, which `F.linear` takes for a weight of `dtype`.
 
-    Raises ConfigError if torchao is missing or the dtype is none of DTYPES; the quantizer raises CheckpointError for
-    weights that are not finite, which eight bits would turn into ordinary numbers.
+    The weight goes to the device a few rows at a time, so there is never a wide copy of it. Raises ConfigError if
+    torchao is missing or the dtype is none of DTYPES; the quantizer raises CheckpointError for weights that are not
+    finite, which eight bits would turn into ordinary numbers, and ConfigError for those that are too narrow.
     """
     if dtype not in DTYPES:
         # A sum over int8 steps, not yet scaled, leaves float16's range.
@@ -45,13 +49,37 @@ def make_quantizer(kind: Quantization, dtype: torch.dtype) -> Quantizer:
         if weight_NC.shape[1] < LEAST_INPUTS:
             found = f"{kind!r} for {name} of {list(weight_NC.shape)}"
             raise ConfigError(f"quantization: found {found}, allowed: at least {LEAST_INPUTS} input channels")
-        if not weight_NC.isfinite().all():
+        return _joined((quantize_rows(name, rows) for rows in weight_NC.split(_rows(weight_NC, device))), weight_NC)
+
+    def quantize_rows(name: str, rows_NC: Tensor) -> Tensor:
+        rows_NC = rows_NC.to(device, dtype)
+        if not rows_NC.isfinite().all():
             raise CheckpointError(f"{name}: found infinite numbers or NaN, allowed with quantization {kind}: none")
         if kind == "int8":
-            return ao.Int8Tensor.from_hp(weight_NC, granularity=per_channel)
-        return ao.Float8Tensor.from_hp(weight_NC, granularity=per_channel, hp_value_lb=LEAST_AMPLITUDE)
+            return ao.Int8Tensor.from_hp(rows_NC, granularity=per_channel)
+        return ao.Float8Tensor.from_hp(rows_NC, granularity=per_channel, hp_value_lb=LEAST_AMPLITUDE)
 
     return quantize
+
+
+def _rows(weight_NC: Tensor, device: torch.device) -> int:
+    """How many rows are quantized at once."""
+    return max(1, AT_ONCE["cpu" if device.type == "cpu" else "device"] // weight_NC.shape[1])
+
+
+def _joined(parts: Iterator[Tensor], whole_NC: Tensor) -> Tensor:
+    """One of torchao's tensors of the rows of several. Its own tensors have a row for each row that they stand for."""
+    kept: dict[str, Tensor] = {}
+    at = 0
+    for part in parts:
+        names, facts = part.__tensor_flatten__()  # type: ignore[attr-defined]
+        for name in names:
+            rows = getattr(part, name)
+            if name not in kept:
+                kept[name] = rows.new_empty(whole_NC.shape[0], *rows.shape[1:])
+            kept[name][at : at + rows.shape[0]] = rows
+        at += part.shape[0]
+    return type(part).__tensor_unflatten__(kept, facts, whole_NC.shape, None)  # type: ignore[attr-defined]
 
 
 def kept_bytes(module: nn.Module) -> int:

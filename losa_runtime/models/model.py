@@ -86,27 +86,29 @@ def load_model(
 ) -> BlockDiffusionModel:
     """Load a checkpoint folder in `dtype` onto `device`, in eval mode and without gradients.
 
-    Peak memory is the model plus one tensor. quantization: keeps the linear layers, lm_head aside, in 8 bits, each as
-    soon as it is read; the peak is the model as it is kept plus a few float32 copies of one tensor. Raises
+    Peak memory is the model plus one tensor. quantization: keeps the linear layers, lm_head aside, in 8 bits, made as
+    they are read; the peak is the model as it is kept plus the largest tensor that is not quantized. Raises
     CheckpointError listing every tensor that does not fit, ConfigError if the quantization cannot be had.
     """
     model = empty_model(config)
-    remake = {} if quantization is None else _quantizers(model, quantization, dtype)
     target = torch.device(device)
+    remake = {} if quantization is None else _quantizers(model, quantization, dtype, target)
     load_weights(
         Path(folder), model, model.tied, dtype=dtype, device=target, show_progress=show_progress, remake=remake
     )
     return model.to(target).eval().requires_grad_(False)
 
 
-def _quantizers(model: BlockDiffusionModel, quantization: Quantization, dtype: torch.dtype) -> dict[str, Quantizer]:
+def _quantizers(
+    model: BlockDiffusionModel, quantization: Quantization, dtype: torch.dtype, device: torch.device
+) -> dict[str, Quantizer]:
     """Parameter -> what quantizes it. Embeddings, norms and lm_head, which tells tokens apart, keep their dtype."""
     if model.config.experts is not None:
         raise ConfigError(
             f"quantization: found {quantization!r} for {model.config.architecture}, allowed for models with experts: "
             "none, since most of their weights go to grouped kernels that read no 8-bit weights"
         )
-    quantize = make_quantizer(quantization, dtype)
+    quantize = make_quantizer(quantization, dtype, device)
     layers = {name: part for name, part in model.named_modules() if isinstance(part, Linear) and name != "lm_head"}
     for layer in layers.values():
         layer.widen_once = quantization == "fp8"  # takes longer than a tile's product; int8 does not

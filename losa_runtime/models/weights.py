@@ -77,8 +77,8 @@ def load_weights(
 ) -> None:
     """Fill every parameter of `module` (on the meta device) with an own copy in `dtype` on `device`.
 
-    tied: tensors that may be present and then must equal the named parameter. remake: parameter -> what is kept in the
-    place of its tensor, made as soon as that is on the device. The bar goes to stderr. Raises
+    tied: tensors that may be present and then must equal the named parameter. remake: parameter -> what makes
+    that which is kept on the device of (name, tensor in the file). The bar goes to stderr. Raises
     CheckpointError listing missing, unexpected, misshapen and non-float tensors before anything is read.
     """
     files = tensor_files(folder)
@@ -90,11 +90,11 @@ def load_weights(
         with byte_progress(show_progress) as progress:
             task = progress.add_task("loading weights", total=total)
             for name in sorted(expected, key=lambda n: (files[n], n)):
-                piece = expected[name].piece
-                _fill(module, piece, _read(opened[files[name]], name, folder), dtype, device)
+                piece, tensor = expected[name].piece, _read(opened[files[name]], name, folder)
                 if piece.parameter in remake:
-                    made = remake[piece.parameter](name, module.get_parameter(piece.parameter).detach())
-                    assign(module, piece.parameter, made)
+                    assign(module, piece.parameter, remake[piece.parameter](name, tensor))
+                else:
+                    _fill(module, piece, tensor, dtype, device)
                 progress.advance(task, expected[name].numel * dtype.itemsize)
         for name, target in tied.items():
             if name in files:

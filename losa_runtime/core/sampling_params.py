@@ -58,7 +58,8 @@ class DiffusionParams(BaseModel):
     neighbour_penalty: taken off the logit of the token on the left, for the same.
     preset: a name for values of these, as another engine has them; what is said beside it counts more. See
     `decoding.presets`.
-    denoising_steps: planned denoising steps per block (1 .. block length).
+    denoising_steps: planned denoising steps per block (1 .. block length); joint_threshold has no plan, so beside it
+    they only count for a method that goes by them.
     sub_block_length: a block is filled in parts of so many positions from left to right; a divisor of the block length.
     grammar_mode: how a block is filled under `regex` or `json_schema`: along the most probable path ("map", the
     default: as good or better with the dynamic algorithm and with temperature, and cheaper), or hole by hole ("valid":

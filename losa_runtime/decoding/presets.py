@@ -1,8 +1,9 @@
 """Decoding as other engines have it by default, under their names: values for a request that sends `preset`.
 
 Only rules that can be had here exactly, at temperature 0, are offered; each is written down with what differs. A block
-always ends within its planned steps, one token per step unless `denoising_steps` says otherwise. Defaults as read in
-the engines' public sources in autumn 2026. Loads no tensor library.
+always ends within its planned steps, one token per step unless `denoising_steps` says otherwise; those of LLaDA2.1,
+which edit, have none and take as many as it needs. Defaults as read in the engines' public sources in autumn 2026.
+Loads no tensor library.
 
 sdar: SDAR's generation loop. All candidates whose confidence exceeds 0.85, else the planned number of the surest. There
   confidence is read after top_k and top_p, here before (with top_k = 1 theirs is always 1, and a block is one step).

@@ -140,7 +140,9 @@ def assemble(config: EngineConfig) -> Parts:
     """Load and connect everything. Raises ConfigError or CheckpointError before any large allocation, where it can."""
     _check_kernels()
     folder = locate_checkpoint(config.model, show_progress=config.show_progress)
-    tokenizer_folder = folder if config.tokenizer is None else locate_checkpoint(config.tokenizer, weights=False)
+    tokenizer_folder = folder
+    if config.tokenizer is not None:
+        tokenizer_folder = locate_checkpoint(config.tokenizer, weights=False, option="tokenizer")
     model_config = ModelConfig.from_folder(
         folder,
         block_length=config.block_length,

@@ -16,19 +16,21 @@ _FILES = ["*.json", "*.safetensors", "*.jinja"]
 _TOKENIZER_FILES = ["*.json", "*.jinja"]
 
 
-def locate_checkpoint(model: str, *, weights: bool = True, show_progress: bool = False) -> Path:
+def locate_checkpoint(
+    model: str, *, weights: bool = True, show_progress: bool = False, option: str = "model"
+) -> Path:
     """The local folder of `model`, a folder path or a hub id `owner/name`.
 
-    weights: False fetches only configuration and tokenizer. Raises CheckpointError when there is no such folder, no
+    weights: False fetches only configuration and tokenizer. option: what errors call it. Raises CheckpointError when there is no such folder, no
     such repository, or no way to reach it.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"model: found the file {model!r}, allowed: a checkpoint folder or a hub id owner/name")
+        raise CheckpointError(f"{option}: found the file {model!r}, allowed: a checkpoint folder or a hub id owner/name")
     if not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"model: found {model!r}, which is no folder; allowed: a checkpoint folder or owner/name")
+        raise CheckpointError(f"{option}: found {model!r}, which is no folder; allowed: a checkpoint folder or owner/name")
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -44,10 +46,10 @@ def locate_checkpoint(model: str, *, weights: bool = True, show_progress: bool =
         return Path(snapshot_download(model, allow_patterns=patterns, tqdm_class=bar))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise CheckpointError(
-            f"model: {model!r} is neither a local folder nor in the local hub cache, and the hub cannot be reached; "
+            f"{option}: {model!r} is neither a local folder nor in the local hub cache, and the hub cannot be reached; "
             "give the path of a checkpoint folder"
         ) from None
     except HfHubHTTPError as error:
-        raise CheckpointError(f"model: {model!r} cannot be fetched: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{option}: {model!r} cannot be fetched: {str(error).splitlines()[0]}") from None
     except OSError as error:
-        raise CheckpointError(f"model: {model!r} cannot be fetched: {error}") from None
+        raise CheckpointError(f"{option}: {model!r} cannot be fetched: {error}") from None

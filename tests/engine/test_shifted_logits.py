@@ -100,6 +100,14 @@ def test_no_neighbour_in_another_block_is_avoided(llm: LLM) -> None:
     assert [i for i, token in enumerate(got.token_ids) if token != 5] == [1, 9]
 
 
+@pytest.mark.parametrize("least", [7, 8, 9, 16, 17])
+def test_no_first_token_of_a_block_stops_too_early(llm: LLM, least: int) -> None:
+    about: dict[str, Any] = {"logit_bias": {7: 500.0}, "stop_token_ids": (7,), "min_new_tokens": least}
+    [got] = llm.generate([prompt(16, seed=9)], SamplingParams(temperature=0.0, max_new_tokens=30, **about))
+    assert [i for i, token in enumerate(got.token_ids) if token == 7] == [least]
+    assert got.finish is not None and got.finish.matched == 7
+
+
 def test_a_whole_hit_computes_the_last_block_again(llm: LLM) -> None:
     llm.engine.flush_cache()
     ids = prompt(24, seed=2)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from losa_runtime.assembly import assemble
 from losa_runtime.core.architectures import REFUSED_ARCHITECTURES, SUPPORTED
+from losa_runtime.core.config import EngineConfig
 from losa_runtime.core.errors import CheckpointError
 from losa_runtime.core.model_config import ModelConfig
 from losa_runtime.models.locate import locate_checkpoint
@@ -218,6 +220,13 @@ def test_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="found the file"):
         locate_checkpoint(str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="^tokenizer: found '.*/nowhere', which is no folder"):
+        locate_checkpoint(str(tmp_path / "nowhere"), option="tokenizer")
+
+
+def test_a_tokenizer_that_is_nowhere_is_named(tiny_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="^tokenizer: found '/nowhere'"):
+        assemble(EngineConfig(model=str(tiny_checkpoint), tokenizer="/nowhere"))
 
 
 def test_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,21 +16,20 @@ _FILES = ["*.json", "*.safetensors", "*.jinja"]
 _TOKENIZER_FILES = ["*.json", "*.jinja"]
 
 
-def locate_checkpoint(
-    model: str, *, weights: bool = True, show_progress: bool = False, option: str = "model"
-) -> Path:
+def locate_checkpoint(model: str, *, weights: bool = True, show_progress: bool = False, option: str = "model") -> Path:
     """The local folder of `model`, a folder path or a hub id `owner/name`.
 
-    weights: False fetches only configuration and tokenizer. option: what errors call it. Raises CheckpointError when there is no such folder, no
-    such repository, or no way to reach it.
+    weights: False fetches only configuration and tokenizer. option: what errors call it. Raises CheckpointError when
+    there is no such folder, no such repository, or no way to reach it.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{option}: found the file {model!r}, allowed: a checkpoint folder or a hub id owner/name")
+        raise CheckpointError(f"{option}: found the file {model!r}, allowed: a checkpoint folder or owner/name")
     if not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{option}: found {model!r}, which is no folder; allowed: a checkpoint folder or owner/name")
+        allowed = "a checkpoint folder or owner/name"
+        raise CheckpointError(f"{option}: found {model!r}, which is no folder; allowed: {allowed}")
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

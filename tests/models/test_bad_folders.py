@@ -220,12 +220,12 @@ def test_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="found the file"):
         locate_checkpoint(str(tmp_path / "file"))
-    with pytest.raises(CheckpointError, match="^tokenizer: found '.*/nowhere', which is no folder"):
+    with pytest.raises(CheckpointError, match=r"^tokenizer: found '.*/nowhere', which is no folder"):
         locate_checkpoint(str(tmp_path / "nowhere"), option="tokenizer")
 
 
 def test_a_tokenizer_that_is_nowhere_is_named(tiny_checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match="^tokenizer: found '/nowhere'"):
+    with pytest.raises(CheckpointError, match=r"^tokenizer: found '/nowhere'"):
         assemble(EngineConfig(model=str(tiny_checkpoint), tokenizer="/nowhere"))
 
 

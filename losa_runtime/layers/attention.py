@@ -1,6 +1,6 @@
 """Projections, norms and rotation around an attention that is handed in. Knows no mask, no cache and no model.
 
-Shape letters: T tokens, H query heads, G KV heads, D head dim, C hidden, E rotation pairs.
+Shape letters: T tokens, H query heads, G KV heads, D head dim, C hidden, F rotated channels.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class QwenAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if head_norms else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if head_norms else nn.Identity()
 
-    def forward(self, x_TC: Tensor, cos_TE: Tensor, sin_TE: Tensor, attend: AttendFn) -> Tensor:
+    def forward(self, x_TC: Tensor, cos_TF: Tensor, sin_TF: Tensor, attend: AttendFn) -> Tensor:
         """x [T, C] -> [T, C]."""
         T = x_TC.shape[0]
         q_THD = self.q_norm(self.q_proj(x_TC).view(T, -1, self.head_dim))
         k_TGD = self.k_norm(self.k_proj(x_TC).view(T, -1, self.head_dim))
         v_TGD = self.v_proj(x_TC).view(T, -1, self.head_dim)
-        out_THD = attend(self.layer, rotate(q_THD, cos_TE, sin_TE), rotate(k_TGD, cos_TE, sin_TE), v_TGD)
+        out_THD = attend(self.layer, rotate(q_THD, cos_TF, sin_TF), rotate(k_TGD, cos_TF, sin_TF), v_TGD)
         return self.o_proj(out_THD.reshape(T, -1))

@@ -1,7 +1,7 @@
 """Rotary position encoding in the neox layout (first half paired with second half), plain, linear or YaRN.
 
 Knows positions and head dimensions, nothing of requests or models. Shape letters: T tokens, N heads, D head dim,
-E = D / 2 rotation pairs.
+E rotation pairs, F = 2 E channels that are rotated (D, or fewer).
 """
 
 from __future__ import annotations
@@ -61,17 +61,20 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin() * factor, persistent=False)
 
     def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of the tables for int64 positions [T], each below max_context -> cos, sin float32 [T, E]."""
-        return self.cos[positions_T], self.sin[positions_T]
+        """For int64 positions [T], each below max_context -> cos and signed sin, float32 [T, F], for `rotate`."""
+        cos_TE, sin_TE = self.cos[positions_T], self.sin[positions_T]
+        return torch.cat((cos_TE, cos_TE), dim=-1), torch.cat((-sin_TE, sin_TE), dim=-1)
 
 
-def rotate(x_TND: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+def rotate(x_TND: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Rotate every head of x [T, N, D] by its token's angles; computed in float32, returned in x's dtype.
 
-    E pairs are the first 2 E channels of a head; what lies behind is left as it is.
+    The first F channels of a head are its pairs; what lies behind is left as it is. sin: negative in its first half, so
+    that few operations do, which is what a small batch pays for.
     """
-    rotated = 2 * cos_TE.shape[-1]
-    a, b = x_TND[..., :rotated].float().chunk(2, dim=-1)
-    cos, sin = cos_TE[:, None], sin_TE[:, None]
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_TND.dtype)
-    return turned if rotated == x_TND.shape[-1] else torch.cat((turned, x_TND[..., rotated:]), dim=-1)
+    rotated = cos_TF.shape[-1]
+    whole = rotated == x_TND.shape[-1]
+    wide = (x_TND if whole else x_TND[..., :rotated]).float()
+    other = wide.roll(rotated // 2, -1)  # each channel's partner
+    turned = torch.addcmul(wide * cos_TF[:, None], other, sin_TF[:, None]).to(x_TND.dtype)
+    return turned if whole else torch.cat((turned, x_TND[..., rotated:]), dim=-1)

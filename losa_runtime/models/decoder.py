@@ -49,9 +49,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = feed_forward(config, layer)
 
-    def forward(self, x_TC: Tensor, cos_TE: Tensor, sin_TE: Tensor, attend: AttendFn) -> Tensor:
+    def forward(self, x_TC: Tensor, cos_TF: Tensor, sin_TF: Tensor, attend: AttendFn) -> Tensor:
         """x [T, C] -> [T, C]."""
-        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), cos_TE, sin_TE, attend)
+        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), cos_TF, sin_TF, attend)
         return x_TC + self.mlp(self.post_attention_layernorm(x_TC))
 
 
@@ -83,10 +83,10 @@ class DecoderModel(BlockDiffusionModel):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: AttendFn) -> Tensor:
         """See `BlockDiffusionModel.forward`."""
-        cos_TE, sin_TE = self.rope(positions_T)
+        cos_TF, sin_TF = self.rope(positions_T)
         x_TC = self.model.embed_tokens(tokens_T)
         for layer in self.model.layers:
-            x_TC = layer(x_TC, cos_TE, sin_TE, attend)
+            x_TC = layer(x_TC, cos_TF, sin_TF, attend)
         return self.model.norm(x_TC)
 
     def logits(self, hidden_RC: Tensor) -> Tensor:

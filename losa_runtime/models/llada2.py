@@ -31,12 +31,12 @@ class LLaDA2Attention(nn.Module):
         self.key_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.dense = Linear(config.num_heads * config.head_dim, config.hidden_size)
 
-    def forward(self, x_TC: Tensor, cos_TE: Tensor, sin_TE: Tensor, attend: AttendFn) -> Tensor:
+    def forward(self, x_TC: Tensor, cos_TF: Tensor, sin_TF: Tensor, attend: AttendFn) -> Tensor:
         """x [T, C] -> [T, C]."""
         T = x_TC.shape[0]
         q_THD, k_TGD, v_TGD = self.query_key_value(x_TC).view(T, -1, self.head_dim).split(self.heads, dim=1)
-        q_THD = rotate(self.query_layernorm(q_THD), cos_TE, sin_TE)
-        k_TGD = rotate(self.key_layernorm(k_TGD), cos_TE, sin_TE)
+        q_THD = rotate(self.query_layernorm(q_THD), cos_TF, sin_TF)
+        k_TGD = rotate(self.key_layernorm(k_TGD), cos_TF, sin_TF)
         out_THD = attend(self.layer, q_THD, k_TGD, v_TGD.contiguous())
         return self.dense(out_THD.reshape(T, -1))
 
@@ -51,9 +51,9 @@ class LLaDA2Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = feed_forward(config, layer)
 
-    def forward(self, x_TC: Tensor, cos_TE: Tensor, sin_TE: Tensor, attend: AttendFn) -> Tensor:
+    def forward(self, x_TC: Tensor, cos_TF: Tensor, sin_TF: Tensor, attend: AttendFn) -> Tensor:
         """x [T, C] -> [T, C]."""
-        x_TC = x_TC + self.attention(self.input_layernorm(x_TC), cos_TE, sin_TE, attend)
+        x_TC = x_TC + self.attention(self.input_layernorm(x_TC), cos_TF, sin_TF, attend)
         return x_TC + self.mlp(self.post_attention_layernorm(x_TC))
 
 
@@ -82,10 +82,10 @@ class LLaDA2MoeModelLM(BlockDiffusionModel):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: AttendFn) -> Tensor:
         """See `BlockDiffusionModel.forward`."""
-        cos_TE, sin_TE = self.rope(positions_T)
+        cos_TF, sin_TF = self.rope(positions_T)
         x_TC = self.model.word_embeddings(tokens_T)
         for layer in self.model.layers:
-            x_TC = layer(x_TC, cos_TE, sin_TE, attend)
+            x_TC = layer(x_TC, cos_TF, sin_TF, attend)
         return self.model.norm(x_TC)
 
     def logits(self, hidden_RC: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from losa_runtime.attention.backend import BackendConfig
 from losa_runtime.attention.registry import make_backend, own_bytes
 from losa_runtime.cache.kv_pool import KVPool, Summary
 from losa_runtime.cache.prefix_cache import PrefixCache
+from losa_runtime.core.architectures import SUPPORTED
 from losa_runtime.core.batch import SparseParams
 from losa_runtime.core.config import DType, EngineConfig
 from losa_runtime.core.errors import ConfigError
@@ -90,6 +91,7 @@ class Parts(NamedTuple):
             "quantization": config.quantization,
             "vocab_size": self.tokenizer.vocab_size,
             "block_length": model.block_length,
+            "block_grid": config.block_grid,
             "mask_token_id": model.mask_token_id,
             "context_length": self.context_length,
             "device": str(pool.device),
@@ -149,6 +151,7 @@ def assemble(config: EngineConfig) -> Parts:
         mask_token_id=config.mask_token_id,
         rope_scaling=config.rope_scaling,
     )
+    _check_grid(config, model_config)
     tokenizer = Tokenizer(tokenizer_folder, model_config.mask_token_id)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ConfigError(
@@ -222,7 +225,7 @@ def assemble(config: EngineConfig) -> Parts:
             num_pages,
             config.page_size,
             model_config.block_length,
-            reuse=not config.disable_radix_cache,
+            reuse=not config.disable_radix_cache and config.block_grid == "start",
             by_frequency=config.radix_eviction_policy == "lfu",
             on_free=pool.poison if config.debug_poison_pages else None,
         ),
@@ -247,6 +250,15 @@ def _check_kernels() -> None:
         pass  # whoever would use them says what it does instead
     except NativeUnfit as unfit:
         raise ConfigError(f"CPU kernels: {unfit}") from None
+
+
+def _check_grid(config: EngineConfig, model: ModelConfig) -> None:
+    allowed = SUPPORTED[model.architecture].grids
+    if config.block_grid not in allowed:
+        why = f"models of {model.architecture} were made with blocks counted from position 0"
+        raise ConfigError(f"block_grid: found {config.block_grid!r}, allowed: {', '.join(allowed)} ({why})")
+    if config.block_grid != "start":
+        logger.info("block_grid %s: blocks move with a prompt's length; no prefixes are shared", config.block_grid)
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -300,8 +312,10 @@ def _dtype(option: str, wanted: DType, default: torch.dtype) -> torch.dtype:
 
 
 def _context_length(config: EngineConfig, model: ModelConfig) -> int:
-    """Whole blocks, at most what the position encoding covers."""
+    """Whole blocks, at most what the position encoding covers: also the rest of a last block that begins anywhere."""
     limit = model.max_context - model.max_context % model.block_length
+    if config.block_grid != "start":
+        limit -= model.block_length
     wanted = config.context_length
     if wanted is None:
         logger.info("context_length auto: %d", limit)

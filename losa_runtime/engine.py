@@ -66,6 +66,7 @@ class Engine:
                 shifted_logits=self.parts.runner.model.shifted_logits,
             ),
         )
+        self._moves = config.block_grid == "prompt-end"  # blocks, with the length of a prompt
         self.overlap = self.parts.overlap
         self._flight: Launched | None = None
         self._arrivals = 0
@@ -267,6 +268,7 @@ class Engine:
             text=TextStream(Detokenizer(tokenizer, params.skip_special_tokens), params.stop, params.no_stop_trim),
             guide=guide,
             edits=edits,
+            origin=len(request.prompt_ids) % self.parts.model_config.block_length if self._moves else 0,
             scored_from=int(self.parts.runner.model.shifted_logits),
             sparse_from=self.parts.least_prefix.of(sparse, decoding),
             dense=self.parts.least_prefix.dense,

@@ -130,7 +130,8 @@ class PrefixPlan(NamedTuple):
 class RowGroup:
     """Segments whose rows are computed together. Tensors given beside a group hold its rows and no others, in order.
 
-    where: the place of the rows in the batch. counts: rows per segment (B for a block segment).
+    where: the place of the rows in the batch. counts: rows per segment (B for a block segment). block_length: B; the
+    length of all its segments for a group of blocks that are shorter.
     """
 
     segments: tuple[Segment, ...]

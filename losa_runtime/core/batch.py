@@ -2,7 +2,8 @@
 
 A *segment* is a run of consecutive positions of one request, a multiple of the block length long. Store segments
 (PREFILL, COMMIT) write their K/V into pages and attend block-causally to the request's pages; block segments (OPEN,
-DENOISE, SCORE) are one block each, write nothing, and attend to the committed prefix and to one another.
+DENOISE, SCORE) are one block each, write nothing, and attend to the committed prefix and to one another. Where blocks
+are not counted from position 0, a store segment is one block, too, and a request's first block may be a shorter one.
 
 Shape letters: T rows of the batch, S segments, P pages, B block length.
 """
@@ -56,7 +57,7 @@ class SparseParams(NamedTuple):
 class Segment(NamedTuple):
     """Host-side view of one segment.
 
-    rows: half-open range into the T rows. prefix_len: committed tokens before the first row, a multiple of B.
+    rows: half-open range into the T rows. prefix_len: committed tokens before the first row, whole blocks.
     pages: int64 [P] page ids of the request in order, covering prefix_len (+ its own rows for a store segment).
     slot: index of per-request method state, -1 for store and SCORE segments. step: denoising step inside the block
     (0 = OPEN). sparse: None for store and SCORE segments. unmasked: tokens accepted in this block before this step.

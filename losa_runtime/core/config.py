@@ -71,6 +71,12 @@ class EngineConfig(BaseModel):
         None, MODEL, "longest prompt plus output in tokens (default: the model's)", gt=0
     )
     block_length: int | None = option(None, MODEL, "override the checkpoint's diffusion block length", gt=0, le=1024)
+    block_grid: Literal["start", "prompt-end"] = option(
+        "start",
+        MODEL,
+        "where blocks are counted from: position 0, or (A2D) such that one begins behind the prompt; then no prefixes "
+        "are shared",
+    )
     mask_token_id: int | None = option(None, MODEL, "override the checkpoint's mask token", ge=0)
     rope_scaling: RopeScaling | None = option(
         None, MODEL, 'override the checkpoint\'s, e.g. \'{"kind": "yarn", "factor": 4.0}\''

@@ -44,7 +44,7 @@ class DiffusionBlock:
         edits: bool = False,
         sub_block_length: int | None = None,
     ) -> None:
-        assert start % block_length == 0 and known.size < block_length and known.size < limit <= block_length
+        assert known.size < block_length and known.size < limit <= block_length
         self.start, self.known, self.limit = start, int(known.size), limit
         self.tokens: Ids = np.full(block_length, mask_token_id, dtype=np.int64)
         self.tokens[: known.size] = known

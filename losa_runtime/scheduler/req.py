@@ -34,7 +34,8 @@ class ReqSettings(NamedTuple):
     never chosen (EOS under ignore_eos); ban_early: ids not chosen before min_new_tokens. text: its stream of text.
     sparse: what blocks read; behind fewer than `sparse_from` tokens they read `dense` instead. guide: what the output
     must match, if anything. edits: whether the decoding algorithm may replace tokens that it has accepted. scored_from:
-    prompt positions before it have no score.
+    prompt positions before it have no score. origin: where the first whole block begins, below B; what lies before it
+    is a block of its own.
     """
 
     seed: int
@@ -50,6 +51,7 @@ class ReqSettings(NamedTuple):
     dense: SparseParams | None = None
     edits: bool = False
     scored_from: int = 0
+    origin: int = 0
 
     def reading(self, prefix: int) -> SparseParams:
         """What a block behind so many tokens reads, in all its steps."""
@@ -63,7 +65,7 @@ class Req:
     """One live request.
 
     tokens[:length] are the prompt and the output of finished blocks; `committed` of them have K/V in pages of `lease`
-    (a multiple of B). `block` is the one being denoised, `opening` the next one while it shares the commit's forward,
+    (whole blocks). `block` is the one being denoised, `opening` the next one while it shares the commit's forward,
     `first` (with shifted logits) the token that those committed have brought for the position behind them.
     `slot` indexes method state while the request runs, -1 else. The K/V of the first `trusted` tokens were there before
     this request came; what lies behind, it may have stored itself.
@@ -76,8 +78,9 @@ class Req:
         prompt = np.asarray(request.prompt_ids, dtype=np.int32)
         self.prompt_len = self.length = int(prompt.size)
         # Room for whole blocks, so that a finished block is appended by one slice assignment.
-        blocks = -(-max(settings.limit, self.prompt_len) // block_length)
-        self.tokens: NDArray[np.int32] = np.zeros(blocks * block_length, dtype=np.int32)
+        self.origin = settings.origin
+        blocks = -(-(max(settings.limit, self.prompt_len) - self.origin) // block_length)
+        self.tokens: NDArray[np.int32] = np.zeros(self.origin + blocks * block_length, dtype=np.int32)
         self.tokens[: self.length] = prompt
         self.committed = 0
         self.trusted = self.tokens.size
@@ -100,13 +103,17 @@ class Req:
     @property
     def prefill_target(self) -> int:
         """Tokens to be stored before denoising: whole blocks of what is known."""
-        return self.length - self.length % self.block_length
+        return self.length - (self.length - self.origin) % self.block_length
+
+    def block_of(self, position: int) -> range:
+        """The positions of the block that one lies in."""
+        start = position - (position - self.origin) % self.block_length
+        return range(start, start + self.block_length) if start >= 0 else range(self.origin)
 
     @property
     def peak(self) -> int:
         """Most tokens that are ever stored: the last block never is, unless it is part of the prompt."""
-        b = self.block_length
-        return max(self.prefill_target, (self.settings.limit - 1) // b * b)
+        return max(self.prefill_target, self.block_of(max(0, self.settings.limit - 1)).start)
 
     @property
     def prefilling(self) -> bool:

@@ -146,8 +146,7 @@ class Scheduler:
         # At least a block: with a budget of one block, scoring's half is rounded up to all of it.
         budget = max(budget, self.limits.block_length)
         for req in reqs:
-            item = self._items.prefill(req, budget) if req.prefilling else None
-            if item is not None:
+            for item in self._items.prefill(req, budget) if req.prefilling else []:
                 budget -= item.tokens.size
                 stores.append((req, item))
         self._in_round, self._told = stores + blocks, len(self._released)

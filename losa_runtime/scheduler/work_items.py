@@ -23,14 +23,25 @@ class WorkItems:
         self._block_length, self._mask, self._page_size = block_length, mask_token_id, page_size
         self._shifted = shifted_logits
 
-    def prefill(self, req: Req, budget: int) -> WorkItem | None:
-        """The next whole blocks of the prompt, within `budget` tokens; None if not even one fits."""
+    def prefill(self, req: Req, budget: int) -> list[WorkItem]:
+        """The next whole blocks of the prompt, within `budget` tokens, as one segment; none if not even one fits.
+
+        Blocks that are not counted from position 0 are a segment each.
+        """
         size = min(req.prefill_target - req.committed, budget - budget % self._block_length)
         if size <= 0:
-            return None
-        tokens = req.tokens[req.committed : req.committed + size].astype(np.int64)
-        item = WorkItem(ForwardMode.PREFILL, tokens, req.committed, self._table(req, req.committed + size))
-        return self._asking_on(req, item)
+            return []
+        if not req.origin:
+            return [self._asking_on(req, self._stored(req, req.committed, req.committed + size))]
+        items, start = [], req.committed
+        while (stop := req.block_of(start).stop) <= req.committed + size:
+            items.append(self._stored(req, start, stop))
+            start = stop
+        return items
+
+    def _stored(self, req: Req, start: int, stop: int) -> WorkItem:
+        tokens = req.tokens[start:stop].astype(np.int64)
+        return WorkItem(ForwardMode.PREFILL, tokens, start, self._table(req, stop))
 
     def commit(self, req: Req, block: DiffusionBlock) -> WorkItem:
         """A finished block, to be stored."""
@@ -65,13 +76,13 @@ class WorkItems:
 
     def scores(self, req: Req, count: int) -> list[WorkItem]:
         """One segment for each of the next `count` positions to be scored: its block, masked from there on."""
-        b = self._block_length
         items = []
         for position in req.unscored[:count]:
-            start, offset = position - position % b, position % b
-            if offset == 0 and self._shifted:
-                start, offset = start - b, b  # the last row of the block before speaks for it
-            tokens = np.full(b, self._mask, dtype=np.int64)
+            block = req.block_of(position)
+            if position == block.start and self._shifted:
+                block = req.block_of(position - 1)  # its last row speaks for it
+            start, offset = block.start, position - block.start
+            tokens = np.full(len(block), self._mask, dtype=np.int64)
             tokens[:offset] = req.tokens[start:position]
             items.append(
                 WorkItem(

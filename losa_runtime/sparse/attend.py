@@ -29,6 +29,11 @@ class _Party(NamedTuple):
     work: tuple[SparseMethod, DenoiseStep] | None = None
 
 
+def _on_grid(segment: Segment, block_length: int) -> bool:
+    """Whether a segment's blocks are counted from position 0."""
+    return segment.prefix_len % block_length == 0 and (segment.stop - segment.start) % block_length == 0
+
+
 class SparseAttend:
     """Attention of one forward: `(layer, q [T, H, D], k [T, G, D], v [T, G, D]) -> [T, H, D]`, each layer once.
 
@@ -39,13 +44,21 @@ class SparseAttend:
         self._backend, self._batch = backend, batch
         length, device = batch.block_length, backend.pool.device
         stores = [segment for segment in batch.segments if segment.mode.stores]
-        self._stores = RowGroup.of(stores, length, device) if stores else None
-        assert self._stores is None or self._stores.where == slice(0, batch.stored), "store segments come first"
+        assert all(segment.stop <= batch.stored for segment in stores), "store segments come first"
+        runs = [segment for segment in stores if _on_grid(segment, length)]
+        self._stores = RowGroup.of(runs, length, device) if runs else None
+        by_length: dict[int, list[Segment]] = {}
+        for segment in stores:
+            if not _on_grid(segment, length):
+                by_length.setdefault(segment.stop - segment.start, []).append(segment)
+        # Kernels for runs of blocks count them from position 0; a single block can lie anywhere.
+        self._single = [RowGroup.of(some, count, device) for count, some in by_length.items()]
         by_method: dict[object, list[Segment]] = {}
         for segment in batch.segments:
             if not segment.mode.stores:
                 sparse = _sparse(segment)
-                key = None if sparse is None else (sparse.method, sparse.options)
+                # Only a scored block may be a shorter one.
+                key = segment.stop - segment.start if sparse is None else (sparse.method, sparse.options)
                 by_method.setdefault(key, []).append(segment)
         self._parties = [self._party(some, methods) for some in by_method.values()]
         for group in (self._stores, *(party.group for party in self._parties)):
@@ -54,10 +67,14 @@ class SparseAttend:
 
     def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         out_THD = torch.empty_like(q_THD)
-        if self._stores is not None:
-            stored = self._batch.stored
+        if (stored := self._batch.stored) > 0:
             self._backend.store_kv(layer, k_TGD[:stored], v_TGD[:stored], self._batch.locations)
-            self._stores.put(out_THD, self._backend.prefill(layer, q_THD[:stored], self._stores))
+        if self._stores is not None:
+            self._stores.put(out_THD, self._backend.prefill(layer, self._stores.take(q_THD), self._stores))
+        for group in self._single:
+            q, k, v = (group.take(x) for x in (q_THD, k_TGD, v_TGD))
+            prefix = self._backend.prefix(layer, q, PrefixPlan(), group)
+            group.put(out_THD, self._backend.block_merged(prefix, q, k, v, group))
         for party in self._parties:
             q, k, v = (party.group.take(x) for x in (q_THD, k_TGD, v_TGD))
             party.group.put(out_THD, self._block_rows(layer, q, k, v, party))
@@ -90,9 +107,10 @@ class SparseAttend:
 
     def _party(self, segments: list[Segment], methods: Mapping[str, SparseMethod]) -> _Party:
         device = self._backend.pool.device
-        group = RowGroup.of(segments, self._batch.block_length, device)
-        assert all(count == group.block_length for count in group.counts), "a block segment is one block"
         sparse = _sparse(segments[0])
+        length = self._batch.block_length if sparse is not None else segments[0].stop - segments[0].start
+        group = RowGroup.of(segments, length, device)
+        assert all(count == group.block_length for count in group.counts), "a block segment is one block"
         if sparse is None:
             return _Party(group, PrefixMeter(group, device))
         method = methods[sparse.method]

@@ -107,7 +107,7 @@ class PrefixMeter:
             return
         scored = (False,) * segments if plan.scored is None else plan.scored
         if plan.kv is not None and not plan.kv.per_row and plan.kv.heads == pool.num_kv_heads:
-            self._noted.append(_note(plan, plan.kv, scored, group.block_length))
+            self._noted.append(_note(plan, plan.kv, scored, group))
             return
         self._counted = True
         rows_SB = self._computed(plan.rows)
@@ -281,8 +281,9 @@ class PrefixMeter:
         return read_S.double() / (kv.heads * self._prefix_S.clamp(min=1))
 
 
-def _note(plan: PrefixPlan, kv: KVIndices, scored: tuple[bool, ...], block_length: int) -> _Lists:
+def _note(plan: PrefixPlan, kv: KVIndices, scored: tuple[bool, ...], group: RowGroup) -> _Lists:
     last = None
-    if kv.indices.shape[0] and block_length % plan.granule:  # a prefix, being whole blocks, may end within a granule
+    # What is recorded on padding may be run with prefixes of any length.
+    if kv.indices.shape[0] and (group.padding or any(n % plan.granule for n in group.prefix_lens)):
         last = kv.indices[(kv.indptr[1:] - 1).clamp(min=0)]
     return _Lists(plan.rows, kv.indptr, last, plan.granule, kv.whole, scored)

@@ -326,6 +326,13 @@ MUTANTS = (
         "tests/decoding/test_sub_blocks.py",
     ),
     Mutant(
+        "blocks that begin anywhere are stored as if counted from position 0",
+        "losa_runtime/sparse/attend.py",
+        "    return segment.prefix_len % block_length == 0 and ",
+        "    return ",
+        "tests/engine/test_block_grid.py",
+    ),
+    Mutant(
         "an expert's weight has the bias of the choice",
         "losa_runtime/layers/router.py",
         "weight_TK = score_TE.gather(-1, chosen_TK)",

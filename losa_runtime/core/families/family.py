@@ -39,7 +39,8 @@ class Family(NamedTuple):
     block_length, mask_token_id: of the released checkpoints, for files that name none; None = the tokenizer says it.
     only: fields that change the network, with the allowed values, beside `PLAIN`. keys: field of ModelConfig (or
     ExpertConfig) -> key in config.json, where they differ. read: the values of further fields of ModelConfig, from the
-    file's path (for errors) and content; raises CheckpointError.
+    file's path (for errors) and content; raises CheckpointError. grids: where its models may count blocks from, see
+    EngineConfig.
     """
 
     block_length: int
@@ -47,3 +48,4 @@ class Family(NamedTuple):
     only: Only
     keys: Mapping[str, str] = KEYS
     read: Callable[[Path, dict[str, Any]], dict[str, Any]] = nothing_more
+    grids: tuple[str, ...] = ("start",)

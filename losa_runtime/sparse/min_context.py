@@ -88,4 +88,5 @@ def _crossing(dense: Line, first: Line, later: Line, steps: int) -> int:
     slope = first.slope + (steps - 1) * later.slope - allowed * dense.slope
     if slope >= 0:
         return 0 if base <= 0 and slope == 0 else NEVER
-    return max(0, min(NEVER, math.ceil(base / -slope)))
+    least = base / -slope  # infinite, where the slope is next to none
+    return math.ceil(min(max(0.0, least), NEVER))

@@ -69,6 +69,14 @@ def test_a_method_without_a_budget_may_pay_from_the_start() -> None:
     assert rule.of(params("flashblock", budget=4096), 16) == 0
 
 
+def test_a_gain_next_to_none_pays_never_or_always() -> None:
+    tiny = 2.225073858507203e-309
+    for base, least in ((0.0625, NEVER), (-0.0625, 0)):
+        dense, later = Line(0.5, tiny), Line(0.0, tiny)
+        costs = MethodCosts(Line(6 * 0.5 * (1 - MARGIN) + base, 0.0), later)
+        assert MinContext(None, 16, dense, {"flashblock": costs}).of(params("flashblock"), 6) == least
+
+
 def test_a_line_never_falls() -> None:
     assert Line.through((1000, 2e-3), (2000, 3e-3)) == Line(1e-3, 1e-6)
     flat = Line.through((1000, 3e-3), (2000, 2e-3))

@@ -105,6 +105,14 @@ def test_what_calls_want_and_who_leaves_changes_no_prompt(workload: Any) -> None
     assert all("custom_params" not in call.params for call in plain)
 
 
+def test_what_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ValueError, match="--burst-size needs a --request-rate"):
+        BenchSettings(burst_size=4)
+    with pytest.raises(ValueError, match="--output-details needs an --output-file"):
+        BenchSettings(output_details=True)
+    BenchSettings(burst_size=4, request_rate=2.0, output_details=True, output_file=Path("x"))
+
+
 @pytest.mark.parametrize("word", ["losa:", ":4", "losa:many", "losa:-4"])
 def test_a_method_or_a_method_with_a_budget(word: str) -> None:
     with pytest.raises(ValueError, match="a method, a colon and a number"):

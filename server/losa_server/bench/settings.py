@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from losa_runtime.core.options import option
 
@@ -77,6 +77,14 @@ class BenchSettings(BaseModel):
             if not name or (colon and not budget.isdigit()):
                 raise ValueError(f"{value!r}: allowed: a method, or a method, a colon and a number of tokens")
         return values
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        if self.burst_size > 1 and math.isinf(self.request_rate):
+            raise ValueError("--burst-size needs a --request-rate: in a closed loop nothing arrives by itself")
+        if self.output_details and self.output_file is None:
+            raise ValueError("--output-details needs an --output-file to write them to")
+        return self
 
     def method_params(self, word: str) -> dict[str, object]:
         """One of `request_methods` as parameters of a request."""

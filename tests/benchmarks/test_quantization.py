@@ -10,7 +10,8 @@ from benchmarks import quantization
 
 
 def test_bundled(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--parts bundled --context 512 --samples 1 --tasks single --logit-samples 1 --rounds 1 --requests 1 --output-tokens 16"
+    words = "--parts bundled --context 512 --samples 1 --tasks single --logit-samples 1"
+    words += " --rounds 1 --requests 1 --output-tokens 16"
     assert quantization.main(words.split()) == 0
     captured = capsys.readouterr()
     (row,) = json.loads(captured.out.splitlines()[-1])

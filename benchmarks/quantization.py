@@ -102,7 +102,7 @@ def _bundled_table(row: dict[str, Any]) -> Table:
 def _large_table(row: dict[str, Any]) -> Table:
     table = Table(title=f"{row['preset']}, random weights, {row['threads']} thread(s)")
     rows = [f"{rows} rows, CPU s" for rows in quantization_large.ROWS]
-    for name in ("dtype", "weights", "MiB", "process", "peak", "load, s", *rows):
+    for name in ("dtype", "weights", "MiB", "process", "peak", "load, CPU s", *rows):
         table.add_column(name, justify="right")
     for found in row["variants"]:
         table.add_row(
@@ -111,7 +111,7 @@ def _large_table(row: dict[str, Any]) -> Table:
             f"{found['weight_bytes'] / MIB:,.0f}",
             f"{found['held_bytes'] / MIB:,.0f}",
             f"{found['peak_bytes'] / MIB:,.0f}",
-            f"{found['load_s']:.1f}",
+            f"{found['load_cpu_s']:.1f}",
             *(f"{seconds:.3f}" for seconds in found["forward_s"].values()),
         )
     return table

@@ -117,6 +117,15 @@ def test_a_row_in_tiles_has_the_same_bits_in_any_company(kind: Quantization, dty
         assert torch.equal(layer(x[rows]), together[rows])
 
 
+@pytest.mark.parametrize("tile", [None, ROW_TILE])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_asks_nothing_of_its_numbers(kind: Quantization, tile: int | None) -> None:
+    """It runs where tensors have none, so on a device the host waits for nothing and a step can be recorded."""
+    layer = layer_of(randn(48, 80).bfloat16(), kind, tile).to("meta")
+    found = layer(torch.empty(70, 80, dtype=torch.bfloat16, device="meta"))
+    assert (found.device.type, found.dtype, tuple(found.shape)) == ("meta", torch.bfloat16, (70, 48))
+
+
 @pytest.mark.parametrize("architecture", DENSE)
 @pytest.mark.parametrize(("kind", "far"), [("int8", 0.15), ("fp8", 0.6)])
 def test_logits_of_families(tmp_path: Path, architecture: str, kind: Quantization, far: float) -> None:

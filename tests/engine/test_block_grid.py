@@ -17,6 +17,7 @@ from losa_runtime.models.random_checkpoint import write_random_checkpoint
 from losa_runtime.sparse.method import METHODS, method_class
 from tests.engine.faults import install
 from tests.engine.padded_loop import PaddedLoop
+from tests.engine.recording import logits_of
 from tests.kernels.platforms import INTERPRETED
 from tests.sparse.cases import CASES
 
@@ -137,6 +138,20 @@ def test_tokens_equal_the_padded_loop_with_tritons_kernels(make: Make, backend: 
     losa = {"sparse_method": "losa", "active_tokens": block}
     got = llm.generate([prompt(n, n) for n, _ in asked], [greedy(new, **losa) for _, new in asked])
     assert [list(answer.token_ids) for answer in got] == expected(llm, asked)
+
+
+@pytest.mark.parametrize("method", ["dense", "losa"])
+def test_logits_are_the_same_bits(make: Make, method: str) -> None:
+    """In deterministic mode, alone and in company, however prompts are cut."""
+    custom = DiffusionParams(sparse_method=method, token_budget=16 if method == "losa" else None)
+    asked = []
+    for n in (5, 16, 43, 77):
+        params = SamplingParams(temperature=0.7, sampling_seed=n, max_new_tokens=21, custom_params=custom)
+        asked.append((prompt(n, n), params))
+    alone, _ = logits_of(make(8, deterministic=True, max_running_requests=1, disable_fused_commit=True), asked)
+    together, _ = logits_of(make(8, deterministic=True, chunked_prefill_size=24), asked)
+    assert alone.keys() == together.keys()
+    assert all(torch.equal(logits, together[row]) for row, logits in alone.items())
 
 
 def test_a_fault_changes_nothing(make: Make) -> None:

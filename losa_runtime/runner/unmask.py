@@ -231,6 +231,8 @@ class Unmasker:
 
     def _accept(self, items: Sequence[WorkItem], sizes: Sequence[int], sampled: Sampled) -> Verdict:
         """What the algorithms say of the rows in open sub-blocks; no other is accepted."""
+        if all(item.window is None for item in items):
+            return self._judge(items, sizes, sampled, np.ones(sum(sizes), dtype=bool))
         open_R = np.concatenate([unmaskable(item) for item in items])
         if open_R.all():
             return self._judge(items, sizes, sampled, open_R)

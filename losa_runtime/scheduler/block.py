@@ -64,12 +64,14 @@ class DiffusionBlock:
         """Offsets that may be unmasked or edited in the next step, ascending."""
         if self.edits:
             return np.arange(self._given, self.limit)
-        return np.flatnonzero(self.masked[: self.limit])
+        return self.masked[: self.limit].nonzero()[0]
 
     @property
     def sub_block(self) -> int:
         """Number of the open sub-block: the leftmost that has masks; where none has, the one behind the last."""
-        masked = np.flatnonzero(self.masked[: self.limit])
+        if self.sub_block_length == self.tokens.size:
+            return 0  # the block itself, open or not
+        masked = self.masked[: self.limit].nonzero()[0]
         return (int(masked[0]) if masked.size else self.tokens.size) // self.sub_block_length
 
     @property
@@ -82,7 +84,7 @@ class DiffusionBlock:
         """Length of the leading run of tokens that can no longer change."""
         if self.edits and not self.complete:
             return self._given
-        masked = np.flatnonzero(self.masked)
+        masked = self.masked.nonzero()[0]
         return int(masked[0]) if masked.size else self.masked.size
 
     @property

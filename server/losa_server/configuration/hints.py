@@ -38,6 +38,7 @@ FOREIGN = {
     "pipeline-parallel-size": "not available: a model runs on one device",
     "data-parallel-size": "not available: start one server per device",
     "dp-size": "not available: start one server per device",
+    "torchao-config": "here: --quantization int8 or fp8",
     "enable-lora": "not available",
     "lora-paths": "not available",
 }

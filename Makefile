@@ -91,14 +91,14 @@ soak: setup ## thousands of requests and hostile messages on end, and bugs plant
 drills: setup ## processes killed, stopped and told to end, too many clients; figures against goals (ten minutes)
 	$(BIN)/python -m benchmarks.drills --record $(DRILL_RESULTS)
 
-bench: setup ## measure again what the README shows, some ten minutes on two quiet cores (pictures of quality: from its rows)
+bench: setup ## measure again what the README shows, ten minutes on two quiet cores (pictures of quality: from its rows)
 	$(BIN)/python -m benchmarks.load
 	$(BIN)/python -m benchmarks.offline
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.scheduler
-	$(BIN)/python -m benchmarks.peers --document 1024 --output 16 --rounds 1 --sample 2 --baselines transformers_batched \
-	  --variants dense losa --threads 1 --cpu-time
-	$(BIN)/python -m benchmarks.min_context --threads 1 --cpu-time
+	$(BIN)/python -m benchmarks.peers --document 1024 --output 16
+	$(BIN)/python -m benchmarks.peers --counts 32 --sample 2 --baselines --variants dense losa
+	$(BIN)/python -m benchmarks.min_context
 	$(BIN)/python -m benchmarks.host_share --method losa --context 2048 --rounds 20
 	$(BIN)/python -m benchmarks.quality --report-only --contexts 4096 --tasks multi_value --samples 500
 	$(BIN)/python -m benchmarks.quality.probe --report-only

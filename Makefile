@@ -18,8 +18,6 @@ EXTRAS := dev$(if $(CUDA),$(comma)cuda)
 # A CUDA build of torch brings the triton that it was made with.
 PINS := $(if $(CUDA),build/constraints-cuda.txt,$(CONSTRAINTS))
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
-# Threads that wait for one another spin briefly, so that what else runs on the machine costs its share and not tenfold.
-export GOMP_SPINCOUNT ?= 1000
 # PIP_CONSTRAINT also binds the isolated environment in which the package is built; -c would not.
 PIP := PIP_CONSTRAINT=$(CURDIR)/$(PINS) $(BIN)/python -m pip --disable-pip-version-check install
 
@@ -69,6 +67,9 @@ demo: setup ## the whole runtime in a minute, on the small model that comes with
 serve: setup ## serve MODEL (default: the small model that comes with the project)
 	$(BIN)/losa serve --model $(MODEL)
 
+# Threads that wait for one another spin briefly, as tests side by side share the cores.
+test test-slow: export GOMP_SPINCOUNT ?= 1000
+
 test: setup ## the tests, in TEST_WORKERS (2) processes
 	$(PYTEST)
 
@@ -93,8 +94,8 @@ drills: setup ## processes killed, stopped and told to end, too many clients; fi
 
 bench: setup ## measure again what the README shows, ten minutes on two quiet cores (pictures of quality: from its rows)
 	$(BIN)/python -m benchmarks.load
-	$(BIN)/python -m benchmarks.offline
-	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.offline --requests 16 --output 64
+	$(BIN)/python -m benchmarks.attention --rounds 3
 	$(BIN)/python -m benchmarks.scheduler
 	$(BIN)/python -m benchmarks.peers --document 1024 --output 16
 	$(BIN)/python -m benchmarks.peers --counts 32 --sample 2 --baselines --variants dense losa

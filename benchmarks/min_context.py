@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     worst = max(row["rule_over_dense"] for row in rows)
     console.print(_table(args, least, rows))
     result: dict[str, Any] = {"benchmark": "min_context", "method": args.method, "sparse_from": least, "worst": worst}
-    result |= {name: getattr(args, name) for name in ("budget", "output", "steps", "rounds", "threads")}
+    result |= {name: getattr(args, name) for name in ("budget", "output", "steps", "rounds", "seconds", "threads")}
     backend = type(llm.engine.parts.runner.backend).__name__
     result |= {"clock": "processor" if args.cpu_time else "wall", "backend": backend}
     result["load_average"] = round(os.getloadavg()[0], 2)
@@ -79,8 +79,8 @@ def _row(llm: LLM, prompt: list[int], args: argparse.Namespace) -> dict[str, Any
     engine, seconds = llm.engine, {kind: list[float]() for kind in KINDS}
     ruled = engine.parts
     free = ruled._replace(least_prefix=ruled.least_prefix._replace(rule=MinContext(0)))
-    dense_steps = 0
-    for number in range(args.rounds + 1):
+    dense_steps, number, until = 0, 0, time.perf_counter() + args.seconds
+    while number <= args.rounds or time.perf_counter() < until:
         for kind in KINDS:
             engine.parts = free if kind == "always" else ruled
             began = clock()
@@ -89,10 +89,12 @@ def _row(llm: LLM, prompt: list[int], args: argparse.Namespace) -> dict[str, Any
                 seconds[kind].append(clock() - began)
             if kind == "rule":
                 dense_steps = answer.stats.dense_steps
+        number += 1
     engine.parts = ruled
     found = {kind: median(values) for kind, values in seconds.items()}
     return {
         "context": len(prompt),
+        "rounds": number - 1,
         **{f"{kind}_tokens_per_s": round(args.output / value, 2) for kind, value in found.items()},
         "rule_over_dense": round(found["rule"] / found["dense"], 3),
         "always_over_dense": round(found["always"] / found["dense"], 3),
@@ -128,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=int, default=48, help="tokens of each answer, in whole blocks")
     parser.add_argument("--steps", type=int, default=16, help="denoising steps per block")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of each context, at least")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each context, at least")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--cpu-time", action="store_true", help="the processor's seconds: with one thread, whatever else runs"

@@ -12,6 +12,7 @@ Written without the runtime's code. N prompts, B block length, L cached tokens, 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ PREFILL_CHUNK = 1024  # tokens, in whole blocks
 
 def load_transformers(folder: Path) -> Any:
     """transformers' Qwen3ForCausalLM, float32, SDPA, with the checkpoint's weights."""
+    for noisy in ("torchao", "torch.utils._pytree"):  # transformers loads what it can find, with warnings about GPUs
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     raw = json.loads((folder / "config.json").read_text())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 LONGEST = 4096  # tokens of prefix: enough to tell costs per token from fixed ones, and soon filled
 LEAST_PAGES = 16
 STEPS = 4  # of a measured block
-PLAYS = 3  # of each block, after one that warms up
+PLAYS = 4  # of each block, after one that warms up
 CHUNK = 2048  # tokens of noise stored at once
 NOBODY = np.empty(0, dtype=np.int32)
 
@@ -44,6 +44,9 @@ class _Times(NamedTuple):
     later: float
 
 
+_Case = tuple[str, SparseParams, int]  # method, parameters, tokens of prefix
+
+
 def measure_costs(runner: ModelRunner, defaults: Mapping[str, SparseParams], context_length: int) -> MinContext:
     """The rule by what every method costs with its parameters of `defaults`, which name "dense" too.
 
@@ -51,49 +54,64 @@ def measure_costs(runner: ModelRunner, defaults: Mapping[str, SparseParams], con
     pool is too small.
     """
     stage = _Stage(runner, context_length)
-    dense = Line.through(*((n, _every(stage.play(defaults["dense"], n))) for n in (stage.short, stage.long)))
-    methods = {}
-    for name, params in defaults.items():
-        if name != "dense":
-            methods[name] = _costs(stage, params)
+    trials = {name: _Trial.of(stage, params) for name, params in defaults.items()}
+    blocks = dict.fromkeys((name, *block) for name, trial in trials.items() for block in trial.blocks(stage))
+    times = stage.play(blocks)
     stage.leave()
-    return MinContext(None, stage.block, dense, methods)
-
-
-def _every(times: _Times) -> float:
-    """A dense step: all are alike."""
-    return min(times)
-
-
-def _costs(stage: _Stage, params: SparseParams) -> MethodCosts:
-    """By two lengths of prefix, for methods with a budget by two budgets that both leave something to choose, and for
-    those with active rows by two numbers of them."""
-    method = method_class(params.method)
-    if not method.has_budget:
-        short, long = (stage.play(params, n) for n in (stage.short, stage.long))
-        return MethodCosts(*_lines(stage, short, long))
-    page = stage.page
-    much = min(params.token_budget, stage.short // 2 // page * page)
-    little = max(page, much // 4 // page * page)
-    rows = most_active(params.active, stage.block) if method.has_active_rows else 0
-    if rows:  # noise would not say how many rows a share of the change is
-        params = params._replace(active=ActiveRule("count", rows))
-    short, long = (stage.play(params._replace(token_budget=much), n) for n in (stage.short, stage.long))
-    cheap = stage.play(params._replace(token_budget=little), stage.long)
-    per_token = max(0.0, (long.later - cheap.later) / (much - little)) if much > little else 0.0
-    found = MethodCosts(*_lines(stage, short, long), much, per_token)
-    others = 1 if rows > stage.block // 2 else stage.block
-    if not rows or others == rows:
-        return found
-    other = stage.play(params._replace(token_budget=much, active=ActiveRule("count", others)), stage.long)
-    return found._replace(rows=rows, per_row=max(0.0, (other.later - long.later) / (others - rows)))
-
-
-def _lines(stage: _Stage, short: _Times, long: _Times) -> tuple[Line, Line]:
-    return (
-        Line.through((stage.short, short.first), (stage.long, long.first)),
-        Line.through((stage.short, short.later), (stage.long, long.later)),
+    dense = trials.pop("dense")
+    every = [min(times["dense", dense.params, n]) for n in (stage.short, stage.long)]  # all its steps are alike
+    line = Line.through((stage.short, every[0]), (stage.long, every[1]))
+    return MinContext(
+        None, stage.block, line, {name: trial.costs(stage, name, times) for name, trial in trials.items()}
     )
+
+
+class _Trial(NamedTuple):
+    """The blocks of one method that are compared: at two lengths of prefix, for methods with a budget with two budgets
+    that both leave something to choose, and for those with active rows with two numbers of them."""
+
+    params: SparseParams
+    cheap: SparseParams | None = None
+    other: SparseParams | None = None
+
+    @classmethod
+    def of(cls, stage: _Stage, params: SparseParams) -> _Trial:
+        method = method_class(params.method)
+        if not method.has_budget:
+            return cls(params)
+        much = min(params.token_budget, stage.short // 2 // stage.page * stage.page)
+        little = max(stage.page, much // 4 // stage.page * stage.page)
+        params = params._replace(token_budget=much)
+        if not method.has_active_rows:
+            return cls(params, params._replace(token_budget=little))
+        rows = most_active(params.active, stage.block)  # noise would not say how many rows a share of the change is
+        params = params._replace(active=ActiveRule("count", rows))
+        others = 1 if rows > stage.block // 2 else stage.block
+        return cls(
+            params,
+            params._replace(token_budget=little),
+            params._replace(active=ActiveRule("count", others)) if others != rows else None,
+        )
+
+    def blocks(self, stage: _Stage) -> list[tuple[SparseParams, int]]:
+        """Parameters and prefix of each."""
+        more = [(params, stage.long) for params in (self.cheap, self.other) if params is not None]
+        return [(self.params, stage.short), (self.params, stage.long), *more]
+
+    def costs(self, stage: _Stage, name: str, times: Mapping[_Case, _Times]) -> MethodCosts:
+        short, long = (times[name, self.params, n] for n in (stage.short, stage.long))
+        first = Line.through((stage.short, short.first), (stage.long, long.first))
+        later = Line.through((stage.short, short.later), (stage.long, long.later))
+        found = MethodCosts(first, later)
+        if self.cheap is not None:
+            budget, less = self.params.token_budget, self.params.token_budget - self.cheap.token_budget
+            saved = long.later - times[name, self.cheap, stage.long].later
+            found = found._replace(budget=budget, per_token=max(0.0, saved / less) if less else 0.0)
+        if self.other is not None:
+            rows, others = int(self.params.active.value), int(self.other.active.value)
+            more = times[name, self.other, stage.long].later - long.later
+            found = found._replace(rows=rows, per_row=max(0.0, more / (others - rows)))
+        return found
 
 
 class _Stage:
@@ -117,10 +135,18 @@ class _Stage:
         self.pages = np.arange(self.long // self.page, dtype=np.int64)
         self._fill()
 
-    def play(self, params: SparseParams, prefix: int) -> _Times:
-        """The least times of a block's steps behind so many tokens."""
-        plays = [self._block(params._replace(planned_steps=STEPS), prefix) for _ in range(PLAYS + 1)][1:]
-        return _Times(min(play.first for play in plays), min(play.later for play in plays))
+    def play(self, blocks: Collection[_Case]) -> dict[_Case, _Times]:
+        """The least times of the steps of each, by method, parameters and prefix; all in turn, so that a slow while of
+        the machine meets all alike."""
+        found: dict[_Case, _Times] = {}
+        for number in range(PLAYS + 1):
+            for case in blocks:
+                _, params, prefix = case
+                first, later = self._block(params._replace(planned_steps=STEPS), prefix)
+                if number > 1:
+                    first, later = min(first, found[case].first), min(later, found[case].later)
+                found[case] = _Times(first, later)
+        return found
 
     def leave(self) -> None:
         """Forget the methods' state."""

@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=int, default=48, help="tokens of each answer, in whole blocks")
     parser.add_argument("--steps", type=int, default=16, help="denoising steps per block")
     parser.add_argument("--rounds", type=int, default=3, help="of each context, at least")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each context, at least")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each context, at least")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--cpu-time", action="store_true", help="the processor's seconds: with one thread, whatever else runs"

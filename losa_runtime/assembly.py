@@ -25,7 +25,7 @@ from losa_runtime.core.config import DType, EngineConfig
 from losa_runtime.core.errors import ConfigError
 from losa_runtime.core.model_config import ModelConfig
 from losa_runtime.core.sampling_params import DiffusionParams
-from losa_runtime.decoding.registry import ALGORITHMS
+from losa_runtime.decoding.registry import ALGORITHMS, settings_read
 from losa_runtime.decoding.registry import resolve as resolve_decoding
 from losa_runtime.layers.linear import ROW_TILE, use_row_tile
 from losa_runtime.layers.mixture import use_kernels
@@ -126,6 +126,7 @@ class Parts(NamedTuple):
             "sparse_options": self.sparse.options.model_dump(),
             "algorithm": config.algorithm,
             "algorithms": list(ALGORITHMS),
+            "algorithm_reads": settings_read(config.algorithm),
             "denoising_steps": config.denoising_steps or model.block_length,
             "sub_block_length": config.sub_block_length,
             "threshold": config.threshold,

@@ -94,6 +94,13 @@ def _wanted(params: DiffusionParams) -> bool:
     return params.sub_block_length is not None or (preset is not None and preset.sub_block_length is not None)
 
 
+def settings_read(algorithm: str) -> list[str]:
+    """The settings that mean anything to an algorithm; what edits goes on until it ends, without a plan."""
+    rule = load_algorithm(algorithm)
+    planned = () if rule.edits else ("denoising_steps", "sub_block_length")
+    return sorted((*rule.knobs, *planned))
+
+
 @cache
 def load_algorithm(name: str) -> DecodingAlgorithm:
     """The algorithm of that name in `ALGORITHMS`; algorithms hold no state, so one of each is enough."""

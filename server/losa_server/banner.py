@@ -124,9 +124,15 @@ def _least_prefix(info: Facts) -> str:
 
 
 def _decoding(info: Facts) -> str:
-    return _join(
-        info, ("{}", "algorithm"), ("threshold {}", "threshold"), ("{} planned steps per block", "denoising_steps")
+    forms = (
+        ("threshold {}", "threshold"),
+        ("edits above {}", "edit_threshold"),
+        ("up to {} nats at once", "entropy_bound"),
+        ("{} planned steps per block", "denoising_steps"),
+        ("sub-blocks of {}", "sub_block_length"),
     )
+    read = [(form, name) for form, name in forms if name in info.get("algorithm_reads", ())]
+    return _join(info, ("{}", "algorithm"), *read)
 
 
 def _join(info: Facts, *forms: tuple[str, str]) -> str:

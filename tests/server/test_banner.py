@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from losa_runtime.decoding.registry import settings_read
 from losa_server.banner import show_ready, show_start
 
 FACTS = {
@@ -16,7 +17,8 @@ FACTS = {
     "page_size": 16, "kv_cache_dtype": "float16", "kv_pool_bytes": 2**26, "sparse_state_bytes": 2**25,
     "max_running_requests": 31, "max_queued_requests": 1023, "chunked_prefill_size": 2048, "schedule_policy": "lpm",
     "radix_cache": False, "sparse_method": "losa", "token_budget": 512, "sparse_methods": ["dense", "losa"],
-    "algorithm": "low_confidence_static", "threshold": 0.75, "denoising_steps": 8,
+    "algorithm": "low_confidence_dynamic", "threshold": 0.75, "denoising_steps": 8, "entropy_bound": 0.1,
+    "algorithm_reads": ["denoising_steps", "sub_block_length", "threshold"],
 }  # fmt: skip
 
 
@@ -34,7 +36,7 @@ def test_the_table_tells_everything() -> None:
         "context 32,768, blocks of 16", "cpu, NativeBackend avx512, threads: 7",
         "65,536 tokens, pages of 16, float16, 64.0 MiB, and 32.0 MiB for the states of methods",
         "31 running, 1,023 waiting, 2,048 prompt tokens per round, lpm, prefix cache off", "losa, budget 512 tokens",
-        "dense, losa", "low_confidence_static, threshold 0.75, 8 planned steps per block",
+        "dense, losa", "low_confidence_dynamic, threshold 0.75, 8 planned steps per block",
     ):  # fmt: skip
         assert part in text
 
@@ -51,6 +53,18 @@ def test_from_which_context_on_the_method_is_used(rule: object, least: int | Non
     facts = {**FACTS, "sparse_min_context": rule, "sparse_from": {"dense": 0, "losa": least}}
     assert words in shown(show_start, facts, 1.0)
     assert "dense below" not in shown(show_start, {**facts, "sparse_min_context": 0}, 1.0)
+
+
+def test_only_what_the_algorithm_reads_is_shown() -> None:
+    for algorithm, words in (
+        ("low_confidence_static", "low_confidence_static, 8 planned steps per block, sub-blocks of 4"),
+        ("entropy_bounded", "entropy_bounded, up to 0.1 nats at once, 8 planned steps per block, sub-blocks of 4"),
+        ("joint_threshold", "joint_threshold, threshold 0.75, edits above 0.9"),
+    ):
+        more = {"edit_threshold": 0.9, "sub_block_length": 4, "algorithm_reads": settings_read(algorithm)}
+        [line] = [line for line in shown(show_start, {**FACTS, **more, "algorithm": algorithm}, 1.0).splitlines()
+                  if algorithm in line]  # fmt: skip
+        assert words in line and ("threshold 0.75" in line) == (algorithm == "joint_threshold")
 
 
 def test_quantized_weights_are_shown_beside_what_they_were() -> None:

@@ -94,8 +94,8 @@ drills: setup ## processes killed, stopped and told to end, too many clients; fi
 
 bench: setup ## measure again what the README shows, ten minutes on two quiet cores (pictures of quality: from its rows)
 	$(BIN)/python -m benchmarks.load
-	$(BIN)/python -m benchmarks.offline --requests 16 --output 64
-	$(BIN)/python -m benchmarks.attention --rounds 3
+	$(BIN)/python -m benchmarks.offline --requests 12 --output 64
+	$(BIN)/python -m benchmarks.attention --rounds 2
 	$(BIN)/python -m benchmarks.scheduler
 	$(BIN)/python -m benchmarks.peers --document 1024 --output 16
 	$(BIN)/python -m benchmarks.peers --counts 32 --sample 2 --baselines --variants dense losa

@@ -29,7 +29,7 @@ from losa_runtime.sparse.step import most_active
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 4096  # tokens of prefix: enough to tell costs per token from fixed ones, and soon filled
+LONGEST = 8192  # tokens of prefix: enough to tell costs per token from fixed ones, and soon filled
 LEAST_PAGES = 16
 STEPS = 4  # of a measured block
 PLAYS = 4  # of each block, after one that warms up
@@ -126,7 +126,7 @@ class _Stage:
         unit = max(self.page, self.block)
         room = min(pool.num_pages * self.page, context_length - self.block, LONGEST)
         self.long = room // unit * unit
-        self.short = self.long // 2 // unit * unit
+        self.short = self.long // 4 // unit * unit
         if self.long < LEAST_PAGES * unit:
             raise ConfigError(
                 f"sparse_min_context: found 'auto', allowed: a number, as there are only {max(0, room)} tokens of "

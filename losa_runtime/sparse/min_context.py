@@ -18,7 +18,7 @@ from losa_runtime.sparse.step import most_active
 NEVER = 1 << 40  # tokens: longer than any prefix
 # Of a dense block's time that a sparse one must save by the model: what it was measured by is noisy, and short steps
 # gain less from a second thread than its processor's seconds, which are what is measured, tell.
-MARGIN = 0.10
+MARGIN = 0.06
 
 
 class Line(NamedTuple):

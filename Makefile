@@ -94,11 +94,11 @@ drills: setup ## processes killed, stopped and told to end, too many clients; fi
 
 bench: setup ## measure again what the README shows, ten minutes on two quiet cores (pictures of quality: from its rows)
 	$(BIN)/python -m benchmarks.load
-	$(BIN)/python -m benchmarks.offline --requests 12 --output 64
+	$(BIN)/python -m benchmarks.offline --requests 8 --output 64
 	$(BIN)/python -m benchmarks.attention --rounds 2
 	$(BIN)/python -m benchmarks.scheduler
 	$(BIN)/python -m benchmarks.peers --document 1024 --output 16
-	$(BIN)/python -m benchmarks.peers --counts 32 --sample 2 --baselines --variants dense losa
+	$(BIN)/python -m benchmarks.peers --counts 32 --sample 1 --baselines --variants dense losa
 	$(BIN)/python -m benchmarks.min_context
 	$(BIN)/python -m benchmarks.host_share --method losa --context 2048 --rounds 20
 	$(BIN)/python -m benchmarks.quality --report-only --contexts 4096 --tasks multi_value --samples 500

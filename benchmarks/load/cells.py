@@ -70,7 +70,7 @@ def workloads(share: float = 1.0) -> list[Stand]:
 
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32256)
-CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
+CONCURRENCIES = (1, 4, 8, 16, 32, 64)
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
 BLOCK_LENGTHS = (4, 8, 16, 32, 64)
 AXES = {

@@ -50,7 +50,7 @@ _Case = tuple[str, SparseParams, int]  # method, parameters, tokens of prefix
 def measure_costs(runner: ModelRunner, defaults: Mapping[str, SparseParams], context_length: int) -> MinContext:
     """The rule by what every method costs with its parameters of `defaults`, which name "dense" too.
 
-    To be called before the pool holds anything; takes some dozens of forwards per method. Raises ConfigError if the
+    To be called before the pool holds anything; takes under a hundred forwards per method. Raises ConfigError if the
     pool is too small.
     """
     stage = _Stage(runner, context_length)
